@@ -377,14 +377,18 @@ def require_regular(path: str | Path) -> None:
 
 
 def require_local(path: str | Path) -> None:
-    """Refuse a URL in the place of a path of weights.
+    """Refuse a URL or a hub's cache of a model, whose files are in folders of it, in the place of a path of weights.
 
     Raises:
-        InputError: it is one, also with the single slash that `Path` leaves of two.
+        InputError: it is a URL, also with the single slash that `Path` leaves of two, or such a cache.
     """
     text = _ONE_SLASH.sub(r"\1://", str(path))
     if is_url(text) and not os.path.lexists(path):
         raise InputError(f"{redacted(text)} is a URL, and weights are read from files; download it first")
+    snapshots = Path(path, "snapshots")
+    if os.path.isdir(snapshots) and any(os.path.isdir(snapshots.with_name(name)) for name in ("blobs", "refs")):
+        found = ", ".join(str(snapshots / name) for name in sorted(os.listdir(snapshots))) or "and there is none"
+        raise InputError(f"{path} is a cache of downloads, not a model; give a snapshot in it: {found}")
 
 
 def content_digest(path: str | Path, *, whole: int = 1 << 26, ends: int = 1 << 20, pieces: int = 1024) -> str:

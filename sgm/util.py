@@ -311,13 +311,14 @@ def nearest(name: str, known: list[str]) -> str:
 def nearest_path(path: str | Path) -> str:
     """Return ``"; did you mean 'x'?"`` for what is on disk and closest to a missing `path`, or ``""``.
 
-    A symbolic link that leads nowhere, or to itself, is named as that, and so is a folder in the place of a file.
+    A symbolic link that leads nowhere, or to itself, is named as that, and so is a folder in the
+    place of a file, or the other way round.
     """
     import difflib
 
     missing, here = Path(path), Path(Path(path).anchor)
-    if missing.is_dir():
-        return ": it is a folder"
+    if os.path.exists(missing):  # of a name of any length
+        return f": it is a {'folder' if missing.is_dir() else 'file'}"
     if missing.is_symlink():
         return f": it is a symbolic link to {os.readlink(missing)}, which leads nowhere"
     for part in missing.parts[bool(missing.anchor) :]:

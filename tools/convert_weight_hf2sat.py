@@ -22,12 +22,14 @@ def parts_of(options: argparse.Namespace) -> dict[str, Path]:
     """Return the path of each component."""
     from sgm.conversion.diffusers.to_sat import read_json
     from sgm.conversion.writing import require_use
+    from sgm.io import require_local
     from sgm.log import get_logger
     from sgm.util import InputError
 
     parts: dict[str, Path] = {}
     named: list[str] = []
     if options.model_path is not None:
+        require_local(options.model_path)
         index = read_json(options.model_path / "model_index.json")
         if not str(index.get("_class_name", "")).startswith("CogVideoX"):
             raise InputError(f"{options.model_path} is a {index.get('_class_name')}; only CogVideoX is converted")

@@ -75,6 +75,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     Raises:
         InputError: something is wrong with it.
     """
+    from sgm.io import require_local
     from sgm.util import default
     from sgm.weights.lora.foreign import find_lora
 
@@ -83,6 +84,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
             importlib.import_module(name)
         except ImportError as error:
             raise _wrong(f"{name} cannot be imported ({error}); install it: pip install -e .[diffusers]") from error
+    require_local(options.model_path)
     folder = Path(options.model_path)
     cls = _json(folder / "model_index.json").get("_class_name")
     if cls not in PIPELINES:
@@ -230,8 +232,6 @@ def load_pipeline(options: argparse.Namespace, plan: Plan) -> Any:
         pipe.to(device)
     if options.vae_tiling:
         pipe.vae.enable_tiling()
-    if options.vae_slicing:
-        pipe.vae.enable_slicing()
     return pipe
 
 
@@ -329,7 +329,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--enable_model_cpu_offload", action="store_true", help="one part at a time on the accelerator")
     parser.add_argument("--enable_sequential_cpu_offload", action="store_true", help="one layer at a time: slow, small")
     parser.add_argument("--vae_tiling", action="store_true", help="decode in tiles: less memory")
-    parser.add_argument("--vae_slicing", action="store_true", help="decode one video at a time: less memory")
     return run_command(
         sample,
         parser.parse_args(argv),

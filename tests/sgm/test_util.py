@@ -129,6 +129,8 @@ def test_the_nearest_path(tmp_path, monkeypatch):
         assert nearest_path(missing) == "; did you mean 'assets/toy'?"
     assert nearest_path(tmp_path / "assets" / "to") == f"; did you mean '{tmp_path / 'assets' / 'toy'}'?"
     assert nearest_path("assets/toy") == ": it is a folder", "in the place of a file"
+    (tmp_path / "assets" / "file").touch()
+    assert nearest_path("assets/file") == ": it is a file", "in the place of a folder"
     assert nearest_path("quite/other") == nearest_path("assets/else") == nearest_path("assets/toy/toy") == ""
 
 

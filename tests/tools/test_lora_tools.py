@@ -197,7 +197,7 @@ def test_an_exported_lora_is_sampled_as_the_merged_model_is(run_folder, pipeline
 
 @pytest.mark.thorough
 def test_a_video_has_its_json_and_its_seed(sample):
-    options = ["--num_frames", "5", "--scheduler", "dpm", "--use_dynamic_cfg", "--vae_tiling", "--vae_slicing"]
+    options = ["--num_frames", "5", "--scheduler", "dpm", "--use_dynamic_cfg", "--vae_tiling"]
     code, video, said = sample(*options, "--seed", "7", "--num_videos", "2", "--negative_prompt", "blue")
     assert code == 0, said
     first, second = (video.with_name(f"{video.stem}_{k}.mp4") for k in range(2))
@@ -235,7 +235,7 @@ def test_every_option_reaches_the_pipeline(sample, monkeypatch):
 
     monkeypatch.setattr(load_cogvideox_lora, "_generate", noted)
     options = ["--negative_prompt", "blue", "--height", "32", "--width", "48", "--num_frames", "9", "--use_dynamic_cfg"]
-    options += ["--guidance_scale", "3", "--scheduler", "ddim", "--vae_tiling", "--vae_slicing", "--dtype", "bf16"]
+    options += ["--guidance_scale", "3", "--scheduler", "ddim", "--vae_tiling", "--dtype", "bf16"]
     assert sample(*options)[0] == 1
     pipe, generator = seen.pop("pipe"), seen.pop("generator")
     assert generator.initial_seed() == 42 and generator.device.type == "cpu"
@@ -251,7 +251,7 @@ def test_every_option_reaches_the_pipeline(sample, monkeypatch):
         "max_sequence_length": 6,
         "output_type": "pt",
     }
-    assert pipe.vae.use_tiling and pipe.vae.use_slicing and pipe.transformer.dtype == torch.bfloat16
+    assert pipe.vae.use_tiling and pipe.transformer.dtype == torch.bfloat16
     assert pipe.scheduler.config.timestep_spacing == "trailing"
     assert sample()[0] == 1
     assert (seen["height"], seen["width"], seen["num_frames"]) == (64, 96, 17), "what the network was trained for"

@@ -42,6 +42,8 @@ def folder(tmp_path):
         "lost/dataset_info.json": b"{}",
         "list/a.mp4": b"ffconcat version 1.0\nfile '/a.mp4'\n",
         "list/a.txt": b"red",
+        "models--a--b/refs/main": b"0f",
+        "models--a--b/snapshots/0f/model_index.json": b"{}",
         "huge/a.mp4": b"YUV4MPEG2 W65535 H65535 F8:1\nFRAME\n",
         "huge/a.txt": b"red",
         "sheet/0_a/0/000000.mp4": b"",
@@ -68,6 +70,7 @@ SWEEP = f"sweep --base {' '.join(TRAINING)} --out out"
 SPLIT = f"split_video {CLIP} --out"
 CHECK = f"check_dataset {ROOT / 'assets/toy'} --video_size 64 64 --rows_only"
 HF2SAT = "convert_weight_hf2sat --output_path out"
+SNAPSHOT = "give a snapshot in it: models--a--b/snapshots/0f"
 
 
 @pytest.mark.parametrize(
@@ -99,10 +102,18 @@ HF2SAT = "convert_weight_hf2sat --output_path out"
         ("check_dataset size.tar --video_size 64 64", "size.tar: is cut or damaged near byte 100,000,000,001,536"),
         ("check_dataset GNU.sparse.map.tar --video_size 64 64", "GNU.sparse.map.tar: is not a tar file, or a damaged"),
         ("check_dataset twice.parquet --video_size 64 64", "'twice.parquet' names the column 'caption' twice"),
+        (f"{HF2SAT} --text_encoder_path huge/a.txt", "no folder huge/a.txt: it is a file; give that of the text enc"),
+        (f"{HF2SAT} --model_path models--a--b", f"is a cache of downloads, not a model; {SNAPSHOT}"),
+        (f"{HF2SAT} --text_encoder_path models--a--b", SNAPSHOT),
+        ("load_cogvideox_lora --model_path models--a--b --prompt a --output_path out/a.mp4", SNAPSHOT),
+        (f"caption_videos {ROOT / 'assets/toy'} --overwrite --model models--a--b", SNAPSHOT),
         (f"{HF2SAT} --model_path nothing", "there is no nothing/model_index.json; correct the path"),
         (f"{HF2SAT} --transformer_path index", "weight_map does not give the file of each tensor"),
-        (f"{HF2SAT} --transformer_path nameless", "its config.json lacks 'patch_size'"),
-        (f"{HF2SAT} --transformer_path many", "its config.json: num_layers is -1; give a whole number from 1 to 1,000"),
+        (f"{HF2SAT} --transformer_path nameless", "nameless/config.json lacks 'patch_size'"),
+        (
+            f"{HF2SAT} --transformer_path many",
+            "many/config.json: num_layers is -1; give a whole number from 1 to 1,000",
+        ),
         ("inspect_checkpoint pipe", "pipe is no file, but a folder, pipe, socket or device"),
         ("inspect_checkpoint numbers.pt", "holds tensors by other keys than names, e.g. 1"),
         (f"merge_lora_weight --sat_pt_path {LORA_BASE} --output_path out --strength 1e38", "a number from -100 to 100"),

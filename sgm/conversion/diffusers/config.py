@@ -180,15 +180,19 @@ def _refuse_foreign(params: Mapping[str, Any]) -> None:
             _refuse(f"a mixin of its own ({modules[name].get('target')})", "those of this project")
 
 
-def network_params(config: Mapping[str, Any]) -> dict[str, Any]:
+def network_params(config: Mapping[str, Any], file: str | Path) -> dict[str, Any]:
     """Return ``model.network_config.params`` for a transformer of diffusers: the inverse of `transformer_config`.
+
+    Args:
+        config: of the transformer.
+        file: that holds it, for messages.
 
     Raises:
         InputError: not a CogVideoX transformer, or no equivalent here.
     """
-    _require_class(config, "CogVideoXTransformer3DModel")
-    _require_types(config, _TRANSFORMER_TYPES, _NEEDED_OF_TRANSFORMER)
-    _require(config, _FIXED_TRANSFORMER, "the transformer")
+    _require_class(config, file, "CogVideoXTransformer3DModel")
+    _require_types(config, file, _TRANSFORMER_TYPES, _NEEDED_OF_TRANSFORMER)
+    _require(config, file, _FIXED_TRANSFORMER)
     pt, patch = default(config.get("patch_size_t"), 1), config["patch_size"]
     rotary = bool(config.get("use_rotary_positional_embeddings"))
     position: dict[str, Any] = {"target": ROTARY if rotary else SINCOS, "params": {}}
@@ -279,18 +283,22 @@ def vae_config(
     }
 
 
-def vae_params(config: Mapping[str, Any]) -> dict[str, Any]:
+def vae_params(config: Mapping[str, Any], file: str | Path) -> dict[str, Any]:
     """Return the parameters of encoder and decoder in ``model.first_stage_config`` for an autoencoder of diffusers.
+
+    Args:
+        config: of the autoencoder.
+        file: that holds it, for messages.
 
     Raises:
         InputError: not a CogVideoX autoencoder, or no equivalent here.
     """
-    _require_class(config, "AutoencoderKLCogVideoX")
-    _require_types(config, _VAE_TYPES, _NEEDED_OF_VAE)
-    _require(config, _FIXED_VAE, "the autoencoder")
+    _require_class(config, file, "AutoencoderKLCogVideoX")
+    _require_types(config, file, _VAE_TYPES, _NEEDED_OF_VAE)
+    _require(config, file, _FIXED_VAE)
     channels = list(config["block_out_channels"])
     if any(width % channels[0] for width in channels):
-        raise InputError(f"the autoencoder's block_out_channels {channels} are not multiples of the first of them")
+        raise InputError(f"{file}: block_out_channels {channels} are not multiples of the first of them")
     return {
         "z_channels": config["latent_channels"],
         "ch": channels[0],
@@ -330,30 +338,39 @@ def scheduler_config(model: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def discretization_params(config: Mapping[str, Any]) -> dict[str, Any]:
+def discretization_params(config: Mapping[str, Any], file: str | Path) -> dict[str, Any]:
     """Return the parameters of a ZeroSNRDDPMDiscretization for a scheduler of diffusers.
+
+    Args:
+        config: of the scheduler.
+        file: that holds it, for messages.
 
     Raises:
         InputError: its noise levels are others, or its prediction.
     """
-    file = "scheduler_config.json"
-    _require_class(config, *_SCHEDULERS, file=file)
-    _require_types(config, _SCHEDULER_TYPES, (), file)
+    _require_class(config, file, *_SCHEDULERS)
+    _require_types(config, file, _SCHEDULER_TYPES)
     whole = {**_SCHEDULER_DEFAULTS, **config}
     fixed = {name: _FIXED_SCHEDULER[name] for name in ("beta_schedule", "prediction_type", "rescale_betas_zero_snr")}
-    _require(whole, fixed | {"trained_betas": None}, "the scheduler")
+    _require(whole, file, fixed | {"trained_betas": None})
     if whole["beta_start"] > whole["beta_end"]:
-        raise InputError(f"its {file}: beta_start is above beta_end; download it again")
+        raise InputError(f"{file}: beta_start is above beta_end; download it again")
     names = {"linear_start": "beta_start", "linear_end": "beta_end", "num_timesteps": "num_train_timesteps"}
     params = {ours: whole[theirs] for ours, theirs in names.items() if whole[theirs] != _BETAS[ours]}
     return params | {"shift_scale": float(whole["snr_shift_scale"])}
 
 
-def model_yaml(configs: Mapping[str, Mapping[str, Any]], *, template: Path | None = None) -> dict[str, Any]:
+def model_yaml(
+    configs: Mapping[str, Mapping[str, Any]],
+    *,
+    files: Mapping[str, Path] | None = None,
+    template: Path | None = None,
+) -> dict[str, Any]:
     """Return a model YAML: a template, updated from diffusers configurations.
 
     Args:
         configs: JSON of ``transformer``, ``vae`` and ``scheduler``; each optional.
+        files: that hold them, for messages.
         template: a model file; None is that of the 5B.
 
     Raises:
@@ -362,13 +379,15 @@ def model_yaml(configs: Mapping[str, Mapping[str, Any]], *, template: Path | Non
     content: dict[str, Any] = yaml.safe_load((template or _TEMPLATE).read_text(encoding="utf-8"))
     content = copy.deepcopy(content)  # the anchors of the file are one object
     args, model = content["args"], content["model"]
+    named: dict[str, str | Path] = {part: f"the config.json of the {part}" for part in ("transformer", "vae")}
+    named |= {"scheduler": "its scheduler_config.json", **(files or {})}
     if (vae := configs.get("vae")) is not None:
-        shared = vae_params(vae)
+        shared = vae_params(vae, named["vae"])
         for part in ("encoder_config", "decoder_config"):
             model["first_stage_config"]["params"][part]["params"] = dict(shared)
         model["scale_factor"] = vae.get("scaling_factor", 1.15258426)
     if (scheduler := configs.get("scheduler")) is not None:
-        params = discretization_params(scheduler)
+        params = discretization_params(scheduler, named["scheduler"])
         for section in (
             model["denoiser_config"]["params"],
             model["loss_fn_config"]["params"]["sigma_sampler_config"]["params"],
@@ -378,7 +397,7 @@ def model_yaml(configs: Mapping[str, Mapping[str, Any]], *, template: Path | Non
             if "num_idx" in section:
                 section["num_idx"] = params.get("num_timesteps", _BETAS["num_timesteps"])
     if (transformer := configs.get("transformer")) is not None:
-        _set_network(args, model, network_params(transformer), configs.get("vae", {}))
+        _set_network(args, model, network_params(transformer, named["transformer"]), configs.get("vae", {}))
     return content
 
 
@@ -402,28 +421,26 @@ def _set_network(args: dict[str, Any], model: dict[str, Any], params: dict[str, 
         model["ofs"] = 2.0
 
 
-def _require_class(config: Mapping[str, Any], *names: str, file: str = "config.json") -> None:
+def _require_class(config: Mapping[str, Any], file: str | Path, *names: str) -> None:
     if (found := config.get("_class_name")) not in names:
         what = f"a {found}" if isinstance(found, str) else "a model without _class_name"
-        raise InputError(
-            f"its {file} describes {what}, not a {' or '.join(names)}; only CogVideoX models are converted"
-        )
+        raise InputError(f"{file} describes {what}, not a {' or '.join(names)}; only CogVideoX models are converted")
 
 
 def _require_types(
-    config: Mapping[str, Any], types: Mapping[str, Any], needed: Sequence[str], file: str = "config.json"
+    config: Mapping[str, Any], file: str | Path, types: Mapping[str, Any], needed: Sequence[str] = ()
 ) -> None:
     """Refuse a configuration with a wrong value, or without one that is needed."""
     for name in needed:
         if name not in config:
-            raise InputError(f"its {file} lacks '{name}'; download it again")
+            raise InputError(f"{file} lacks '{name}'; download it again")
     for name, hint in types.items():
         if name in config and (problem := misfit(config[name], hint)):
-            raise InputError(f"its {file}: {name} {problem[0]}; {problem[1]}")
+            raise InputError(f"{file}: {name} {problem[0]}; {problem[1]}")
 
 
-def _require(config: Mapping[str, Any], fixed: Mapping[str, Any], what: str) -> None:
+def _require(config: Mapping[str, Any], file: str | Path, fixed: Mapping[str, Any]) -> None:
     for name, value in fixed.items():
         if name in config and config[name] != value:
             found, own = spelled(config[name]), spelled(value)
-            raise InputError(f"{what} of diffusers has {name}={found}, and this project's has {own}")
+            raise InputError(f"{file} has {name}={found}, and this project's has {own}")

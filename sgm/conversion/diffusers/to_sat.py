@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -72,18 +72,20 @@ def read_stored(path: str | Path) -> Stored:
     """
     require_local(path)
     path = Path(path)
-    if path.is_file():
-        beside = path.with_name("config.json")
-        files, config = weight_files(path), read_json(beside) if beside.is_file() else None
-    elif path.is_dir():
-        files, config = weight_files(path), read_json(path / "config.json")
-    else:
+    if not path.is_file() and not path.is_dir():
         raise InputError(f"there is nothing at {path}; give a folder of diffusers, or a weights file")
+    files, file = weight_files(path), config_file(path)
+    config = read_json(file) if path.is_dir() or file.is_file() else None
     tensors: dict[str, LazyTensor] = {}
     for file in files:
         tensors |= read_weights(file)
     require_floating(tensors)
     return Stored(path, config, tensors, read_metadata(files[0]))
+
+
+def config_file(path: Path) -> Path:
+    """Return the path of ``config.json``, which is in the folder of a component, or beside its file."""
+    return (path if path.is_dir() else path.parent) / "config.json"
 
 
 def is_index(path: Path) -> bool:
@@ -233,12 +235,17 @@ def sat_model_of(
     _refuse_control(parts)
     stored = {name: read_stored(parts[name]) for name in ("transformer", "vae") if name in parts}
     configs = {name: part.config for name, part in stored.items() if part.config is not None}
+    files = {name: config_file(part.path) for name, part in stored.items()}
     if "scheduler" in parts:
-        configs["scheduler"] = read_json(parts["scheduler"] / "scheduler_config.json")
+        files["scheduler"] = parts["scheduler"] / "scheduler_config.json"
+        configs["scheduler"] = read_json(files["scheduler"])
+    cure = "they belong to another model"
+    if base is None and "vae" in stored and "vae" not in configs:
+        cure = "it has no config.json, and is no VAE of a released model; say what it is with --base model.yaml"
     if base is None:
         unknown = "transformer" in stored and "transformer" not in configs
         template = _shipped(stored["transformer"]) if unknown else None
-        base = model_yaml(configs, template=template)
+        base = model_yaml(configs, files=files, template=template)
         if "transformer" in stored:
             own = default(dtype, next(iter(stored["transformer"].tensors.values())).dtype)
             if own not in PRECISIONS.values():
@@ -249,9 +256,9 @@ def sat_model_of(
     if "transformer" in stored:
         network = _network(stored["transformer"], base, dtype)
     if "vae" in stored:
-        autoencoder = _autoencoder(stored["vae"], base)
-    files = _t5_files(parts["text_encoder"], parts.get("tokenizer")) if "text_encoder" in parts else None
-    return SatModel(base, network, autoencoder, files)
+        autoencoder = _autoencoder(stored["vae"], base, cure)
+    text = _t5_files(parts["text_encoder"], parts.get("tokenizer")) if "text_encoder" in parts else None
+    return SatModel(base, network, autoencoder, text)
 
 
 def _refuse_control(parts: Mapping[str, Path]) -> None:
@@ -271,6 +278,14 @@ def _shipped(transformer: Stored) -> Path:
         ) from error
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def _network(stored: Stored, content: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     tensors: dict[str, Any] = dict(stored.tensors)
     section = content["model"]["network_config"]
@@ -278,7 +293,9 @@ def _network(stored: Stored, content: Mapping[str, Any], dtype: torch.dtype | No
         factor = _folded(stored)
         channels = section["params"]["in_channels"], section["params"]["out_channels"]
         tensors[DIFFUSERS_PATCH] = with_image_channels(tensors[DIFFUSERS_PATCH], *channels, lambda part: part / factor)
-    made = complete_network(stored.path, section, network_from_diffusers(tensors))
+    with _naming(stored.path):
+        found = network_from_diffusers(tensors)
+    made = complete_network(stored.path, section, found)
     return {name: tensor.cast(dtype) for name, tensor in made.items()}
 
 
@@ -317,10 +334,11 @@ def complete_network(
     return result
 
 
-def _autoencoder(stored: Stored, content: Mapping[str, Any]) -> dict[str, LazyTensor]:
+def _autoencoder(stored: Stored, content: Mapping[str, Any], cure: str) -> dict[str, LazyTensor]:
     with without_allocating():
         vae = instantiate_from_config(content["model"]["first_stage_config"])
-    names = autoencoder_from_diffusers(stored.tensors)
+    with _naming(stored.path):
+        names = autoencoder_from_diffusers(stored.tensors)
     name = stored.metadata.get(SAT_DTYPE)
     dtypes = {str(each).removeprefix("torch."): each for each in DTYPES if each.is_floating_point}
     if name is not None and name not in dtypes:
@@ -330,11 +348,13 @@ def _autoencoder(stored: Stored, content: Mapping[str, Any]) -> dict[str, LazyTe
         )
     dtype = None if name is None else dtypes[name]
     made = {names[each]: LazyTensor((tensor,), to_dtype=dtype) for each, tensor in stored.tensors.items()}
-    _require_equal_shapes(stored.path, vae.state_dict(), made)
+    _require_equal_shapes(stored.path, vae.state_dict(), made, cure)
     return made
 
 
-def _require_equal_shapes(path: Path, expected: Tensors, made: Tensors) -> None:
+def _require_equal_shapes(
+    path: Path, expected: Tensors, made: Tensors, cure: str = "they belong to another model"
+) -> None:
     """Raise InputError unless weights from `path` have the names and shapes of the configured module."""
     problems = [f"{name} is missing" for name in expected if name not in made]
     problems += [f"{name} is unexpected" for name in made if name not in expected]
@@ -345,16 +365,17 @@ def _require_equal_shapes(path: Path, expected: Tensors, made: Tensors) -> None:
             problems.append(f"{name} has the shape {tuple(shapes[1])}, expected {tuple(shapes[0])}")
     if problems:
         shown = "\n  ".join(problems[:6] + ([f"... and {len(problems) - 6} more"] if len(problems) > 6 else []))
-        raise InputError(f"{path}: the weights do not fit the configuration:\n  {shown}\nthey belong to another model")
+        raise InputError(f"{path}: the weights do not fit the configuration:\n  {shown}\n{cure}")
 
 
 def _t5_files(folder: Path, tokenizer: Path | None) -> tuple[Path, ...]:
     """Return the files of a T5 folder: text encoder and tokenizer (separate folders in diffusers)."""
-    t5 = T5Folder(folder)
+    require_local(folder)
     if not folder.is_dir():
-        t5.check()
+        raise InputError(f"there is no folder {folder}{nearest_path(folder)}; give that of the text encoder")
+    t5 = T5Folder(folder)
     t5.check_weights()
-    files = [folder / "config.json", *t5.shards, *folder.glob("*.index.json")]
+    files = [folder / "config.json", *t5.shards, *([] if t5.index is None else [t5.index])]
     places = [place for place in (tokenizer, folder, folder.parent / "tokenizer") if place is not None]
     home = next((place for place in places if (place / "spiece.model").is_file()), None)
     if home is None:

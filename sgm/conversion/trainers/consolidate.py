@@ -11,7 +11,7 @@ import torch
 from sgm.config.load import load_config
 from sgm.conversion.diffusers.config import network_params, transformer_config
 from sgm.conversion.diffusers.names import MODULES, network_to_diffusers
-from sgm.conversion.diffusers.to_sat import complete_network
+from sgm.conversion.diffusers.to_sat import complete_network, config_file
 from sgm.conversion.family import is_shipped, shipped_file
 from sgm.conversion.trainers.sources import Source, read_source
 from sgm.conversion.writing import check_new_folder, new_folder, total_bytes, write_network, write_shards
@@ -108,7 +108,10 @@ def _section(source: Source, base: Sequence[str], to: str, trust: Sequence[str])
         config = load_config(base, ["args.input_type=cli"], mode="inference", trust=trust)
         section = copy.deepcopy(config.model["network_config"])
     elif source.config is not None:
-        section = {"target": "dit_video_concat.DiffusionTransformer", "params": network_params(source.config)}
+        section = {
+            "target": "dit_video_concat.DiffusionTransformer",
+            "params": network_params(source.config, config_file(source.path)),
+        }
     else:
         return None
     if not any(map(is_adapter, source.tensors)):

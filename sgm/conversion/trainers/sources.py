@@ -136,7 +136,7 @@ def _from_files(path: Path, dtype: torch.dtype | None, trust: Sequence[str]) -> 
     if FOLDED in read_metadata(files[0]):
         raise InputError(f"{path} was written with --fold_image_scale; tools/convert_weight_hf2sat.py undoes that")
     beside = files[0].with_name("config.json")
-    number = re.match(r"\d+", files[0].parent.name)  # also of 1000-ema
+    number = re.match(r"(?:global_step)?(\d+)", files[0].parent.name)  # also of 1000-ema
     with deepspeed_objects():
         adapters = read_adapter_info(files[0]) if len(files) == 1 else None
     tensors, of_diffusers = network_tensors({name: tensor.cast(dtype) for name, tensor in stored.items()}, path)
@@ -144,7 +144,7 @@ def _from_files(path: Path, dtype: torch.dtype | None, trust: Sequence[str]) -> 
     source = Source(
         path=files[0] if len(files) == 1 else path,
         tensors=tensors,
-        iteration=int(number[0]) if number else ITERATION,
+        iteration=int(number[1]) if number else ITERATION,
         adapters=adapters,
         config=read_json(beside) if of_diffusers and beside.is_file() else None,
         of_diffusers=of_diffusers,
@@ -167,7 +167,13 @@ def find_files(path: Path) -> list[Path]:
     is_sat = (path / "latest").is_file() or any(path.glob(f"{WEIGHTS}.*"))
     if path.is_dir() and is_sat and not any(path.glob("*.index.json")):
         return [find_weights(path)]
-    return weight_files(path) if path.is_dir() else [path]
+    try:
+        return weight_files(path) if path.is_dir() else [path]
+    except InputError as error:
+        inside = [file for pattern in ("*/*_states.pt", "*/*/*_states.pt") for file in path.glob(pattern)]
+        if states := {str(file.parent) for file in inside if PART_FILE.fullmatch(file.name)}:
+            raise InputError(f"{error}, or give one of the ZeRO states in it: {', '.join(sorted(states))}") from error
+        raise
 
 
 def network_tensors(tensors: Tensors, path: Path) -> tuple[dict[str, LazyTensor], bool]:

@@ -12,6 +12,7 @@ parameter is split into W partitions of ceil(numel / W), the last padded; rank r
 parameter, concatenated. No process group is started, and no DeepSpeed class is loaded.
 """
 
+import contextlib
 import math
 import re
 import zipfile
@@ -241,6 +242,7 @@ def read_zero_state(folder: Path) -> ZeroState:
         raise InputError(f"{first} does not say which parameters ZeRO trained (param_shapes); {_CURE}")
     _require_fit(first, entries, _MODEL)
     groups = [_weights(optim[rank], states[rank], stage) for rank in range(world_size)]
+    _require_same_step(optim, states, stage)
     paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
     if [len(each) for each in paddings] != [len(group) for group in shapes]:
         raise InputError(f"{optim[0]} is that of other parameters (param_alignment_paddings); {_CURE}")
@@ -392,6 +394,21 @@ def _weights(path: Path, state: Mapping[str, Any], stage: int) -> list[LazyTenso
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{path}: the state of its optimizer is not as torch writes it; {_CURE}") from error
     return weights
+
+
+def _require_same_step(files: Mapping[int, Path], states: Mapping[int, Mapping[str, Any]], stage: int) -> None:
+    """Refuse the files of ranks whose optimizers have made different numbers of steps."""
+    found: dict[int, Path] = {}
+    for rank, state in states.items():
+        optimizer = state.get(OPTIMIZER[stage])
+        by_group = optimizer.get("state") if isinstance(optimizer, dict) else None
+        groups = by_group.values() if isinstance(by_group, dict) else ()
+        steps = [each["step"] for each in groups if isinstance(each, dict) and "step" in each]
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # an optimizer of another kind, or none
+            found.setdefault(max(int(step) for step in steps), files[rank])
+    if len(found) > 1:
+        listed = ", ".join(f"{path.name} of step {step}" for step, path in found.items())
+        raise InputError(f"{files[0].parent} mixes the files of several saves: {listed}; {_CURE}")
 
 
 def _average_of(point: torch.Tensor, iterate: torch.Tensor, *, weight: float) -> torch.Tensor:

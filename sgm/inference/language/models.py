@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
-from sgm.io import parse_json
+from sgm.io import parse_json, require_local
 from sgm.util import InputError, RunError
 
 Message = dict[str, str]  # role and content, as chat templates and endpoints have them
@@ -82,6 +82,7 @@ def read_folder(folder: Path, kind: Kind, *, dtype: torch.dtype | None = None, w
     from transformers.models.auto import modeling_auto
     from transformers.utils import logging
 
+    require_local(folder)
     if not (folder / "config.json").is_file():
         found = "has no config.json" if folder.is_dir() else "does not exist"
         raise InputError(f"model folder '{folder}' {found}; nothing is downloaded: {kind.fetch}")

@@ -4,6 +4,7 @@ transformers, safetensors and sentencepiece are imported when they are needed.
 """
 
 import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgm.io import parse_json
+from sgm.io import parse_json, require_local
 from sgm.log import get_logger
 from sgm.util import InputError, nearest_path
 from sgm.weights.files import check_values, read_tensors
@@ -25,6 +26,7 @@ from sgm.weights.index import TIED, misplaced, read_index
 log = get_logger(__name__)
 
 MODEL_DIR_KEY = "model.conditioner_config.params.emb_models[*].params.model_dir"
+_VARIANT = re.compile(r"model\.(?:safetensors\.index\.(.+)\.json|((?!.*-of-\d+\.).+)\.safetensors)")
 _SHOWN = 12  # unknown characters that a message lists
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -109,23 +111,38 @@ class T5Folder:
         return found
 
     @cached_property
-    def _index(self) -> dict[Path, frozenset[str]] | None:
+    def _weights(self) -> tuple[Path, str | None]:
+        """The file of the weights or their index, and its variant: None, or such as fp16 where it is alone."""
+        for name in ("model.safetensors.index.json", "model.safetensors"):
+            if (self.path / name).is_file():
+                return self.path / name, None
+        matches = {file: _VARIANT.fullmatch(file.name) for file in sorted(self.path.glob("model.*"))}
+        found = [(file, match[1] or match[2]) for file, match in matches.items() if match]
+        if len(found) > 1:
+            names = ", ".join(file.name for file, _ in found)
+            raise InputError(f"T5 folder {self.path} has several sets of weights: {names}; keep one of them")
+        if not found:
+            raise InputError(
+                f"T5 folder {self.path} has no weights: neither model.safetensors nor model.safetensors.index.json is "
+                "there; copy them from text_encoder/"
+            )
+        return found[0]
+
+    @property
+    def index(self) -> Path | None:
+        """The index of weights in several files."""
+        file = self._weights[0]
+        return file if file.suffix == ".json" else None
+
+    @cached_property
+    def _listed(self) -> dict[Path, frozenset[str]] | None:
         """The weight files with the names of their tensors, of a folder with an index."""
-        index = self.path / "model.safetensors.index.json"
-        return read_index(index) if index.is_file() else None
+        return None if self.index is None else read_index(self.index)
 
     @cached_property
     def shards(self) -> list[Path]:
         """The weight files; files listed in an index may be missing."""
-        single = self.path / "model.safetensors"
-        if self._index is not None:
-            return [*self._index]
-        if single.is_file():
-            return [single]
-        raise InputError(
-            f"T5 folder {self.path} has no weights: neither model.safetensors nor model.safetensors.index.json is "
-            "there; copy them from text_encoder/"
-        )
+        return [self._weights[0]] if self._listed is None else [*self._listed]
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
@@ -144,6 +161,7 @@ class T5Folder:
         Raises:
             InputError: all problems of the folder, in one message.
         """
+        require_local(self.path)
         if not self.path.is_dir():
             raise InputError(
                 f"T5 folder '{self.path}' does not exist{nearest_path(self.path)} ({MODEL_DIR_KEY}). Nothing is "
@@ -202,7 +220,12 @@ class T5Folder:
             with ThreadPoolExecutor(1) as pool:
                 check = pool.submit(check_values, *self.shards)  # while transformers copies them
                 loaded: Any = T5EncoderModel.from_pretrained(
-                    str(self.path), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+                    str(self.path),
+                    dtype=dtype,
+                    variant=self._weights[1],
+                    local_files_only=True,
+                    use_safetensors=True,
+                    output_loading_info=True,
                 )
                 check.result()
         except RuntimeError as error:  # transformers reports mismatched shapes this way
@@ -249,7 +272,7 @@ class T5Folder:
             try:
                 # Opening maps the file and compares its size with the header; the tensors stay on disk.
                 with safe_open(shard, framework="pt") as file:
-                    problem = misplaced(shard, self._index[shard], file.keys()) if self._index else ""
+                    problem = misplaced(shard, self._listed[shard], file.keys()) if self._listed else ""
                 if problem:
                     yield problem
             except (SafetensorError, OSError) as error:

@@ -199,7 +199,7 @@ def _read_kronecker(
     for module, own in found.items():
         if others := own.keys() & {"A", "B", "magnitude"}:
             raise InputError(
-                f"{file} holds {own[others.pop()].name} beside LoKr of the same module; save one adapter in a file"
+                f"{file} holds {own[others.pop()].name} beside LoKr; save one adapter in a file, of one kind"
             )
         name = _name(module)
         matrices[name] = {side: tensor for side, tensor in own.items() if side != "alpha"}

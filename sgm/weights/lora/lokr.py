@@ -160,13 +160,17 @@ def read_kronecker(file: str, modules: Mapping[str, Mapping[str, AnyTensor]], sc
         one = own.keys() & {W1, f"{W1}_a", f"{W1}_b"}
         two = own.keys() & set(KINDS[1:])
         if one not in ({W1}, {f"{W1}_a", f"{W1}_b"}) or two not in ({W2}, {W2_A, W2_B}):
-            raise InputError(f"{file} has of {module} only {', '.join(sorted(own))}; copy or save it again")
+            raise InputError(f"{file} has of {module} only {', '.join(sorted(own)) or 'alpha'}; copy or save it again")
         shapes = [tuple(tensor.shape) for tensor in own.values()]
         if any(len(shape) != 2 or 0 in shape for shape in shapes):
             raise InputError(
                 f"{file}: the LoKr of {module} has matrices {shapes}; expected two axes, as of linear layers, of 1 or "
                 "more"
             )
+        for first, second in ((f"{W1}_a", f"{W1}_b"), (W2_A, W2_B)):
+            if first in own and own[first].shape[1] != own[second].shape[0]:
+                shapes = f"{first} {tuple(own[first].shape)} and {second} {tuple(own[second].shape)}"
+                raise InputError(f"{file}: {shapes} of {module} have no rank in common; copy or save it again")
         w1 = (own[W1],) if W1 in own else (own[f"{W1}_a"], own[f"{W1}_b"])
         first = LazyTensor(w1, partial(_scaled_first, scales[module]))
         parts[module] = {W1: first} | {kind: own[kind] for kind in KINDS[1:] if kind in own}

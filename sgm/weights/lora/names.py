@@ -91,7 +91,16 @@ _END = re.compile(
     r"|\.(?P<one>alpha|dora_scale))"
 )
 _METHODS = {
-    r"\.hada_": "it is LoHa, and there are LoRA, DoRA and LoKr only; train one of them",
+    **{
+        pattern: f"it is {method}, and there are LoRA, DoRA and LoKr only; train one of them"
+        for pattern, method in {
+            r"\.hada_": "LoHa",
+            r"\.b?oft_": "OFT",
+            r"\.ia3_l": "(IA)³",
+            r"\.vera_lambda": "VeRA",
+            r"\.[wb]_norm$": "a trained norm of LyCORIS",
+        }.items()
+    },
     r"\.lokr_t2": "it is the middle of a convolution's LoKr, which is not supported; train without use_tucker",
     r"\.lora_mid": "it is the middle of a convolution's LoRA, which is not supported; train plain LoRA",
     r"lora_embedding_": "it adapts a table of embeddings, and there is none; train without it",

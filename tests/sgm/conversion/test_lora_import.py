@@ -172,6 +172,11 @@ def test_names_of_other_tools_are_brought_to_one_form(tmp_path, tool, alpha):
     [
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text encoder"),
         ("transformer_blocks.0.attn1.to_q.hada_w1_a", "LoHa"),
+        ("base_model.model.transformer_blocks.0.attn1.to_q.oft_R.weight", "OFT"),
+        ("lycoris_transformer_blocks_0_attn1_to_q.oft_blocks", "OFT"),
+        ("base_model.model.transformer_blocks.0.ff.net.2.ia3_l", "IA"),
+        ("base_model.model.transformer_blocks.0.ff.net.2.vera_lambda_d", "VeRA"),
+        ("lycoris_transformer_blocks_0_norm1_norm.w_norm", "trained norm"),
         ("lora_unet_transformer_blocks_0_attn1_to_q.lokr_t2", "middle of a convolution's LoKr"),
         ("transformer_blocks.0.attn1.to_q.lora_B.bias", "bias"),
         ("transformer_blocks.0.attn1.to_q.weight", "no matrix or alpha"),

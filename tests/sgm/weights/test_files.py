@@ -18,6 +18,7 @@ from sgm.conversion.inspection import inspect_checkpoint
 from sgm.conversion.lora_extract import extract_lora
 from sgm.conversion.trainers.sources import read_source
 from sgm.io import atomic_file
+from sgm.modules.encoders.t5_folder import T5Folder
 from sgm.util import InputError, RunError
 from sgm.weights import read_ahead
 from sgm.weights.files import find_weights, read_entry, read_names, read_tensors, weights_digest
@@ -47,6 +48,25 @@ def test_weights_behind_a_url_are_told_from_missing_ones(find):
         said = r"^https://\*\*\*@host/x.pt is a URL, and weights are read from files; download it"
         with pytest.raises(InputError, match=said):
             find(url)
+
+
+@pytest.mark.parametrize(
+    "find",
+    [
+        find_weights,
+        find_lora,
+        read_any_lora,
+        read_source,
+        read_stored,
+        inspect_checkpoint,
+        lambda f: T5Folder(f).check(),
+    ],
+)
+def test_of_a_cache_of_downloads_its_snapshots_are_named(find, tmp_path):
+    for name in ("blobs", "snapshots/0f"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=f"cache of downloads, not a model; .*: {tmp_path}/snapshots/0f$"):
+        find(T5Folder(tmp_path) if find is T5Folder.check else tmp_path)
 
 
 def test_a_file_appears_only_when_it_is_complete(tmp_path):

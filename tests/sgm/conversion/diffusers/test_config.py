@@ -77,6 +77,6 @@ def test_the_compression_over_time_is_whole(ratio, times):
     config |= {"layers_per_block": 1, "temporal_compression_ratio": ratio}
     if isinstance(times, str):
         with pytest.raises(InputError, match=times):
-            vae_params(config)
+            vae_params(config, "config.json")
     else:
-        assert vae_params(config).get("temporal_compress_times") == times
+        assert vae_params(config, "config.json").get("temporal_compress_times") == times

@@ -369,6 +369,18 @@ def test_single_files_need_a_yaml_or_a_config(converted, family, tmp_path):
     assert equal({n: first[n] for n in second}, second)
     shutil.copy(there / "transformer" / "config.json", tmp_path)
     assert sat_model_of({"transformer": tmp_path / "weights.safetensors"}).network is not None
+    tensors = {
+        name: tensor for file in (there / "vae").glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+    (tmp_path / "vae").mkdir()
+    save_file(tensors, file := tmp_path / "vae" / "vae.safetensors")
+    with pytest.raises(InputError, match=r"(?s)vae.safetensors: .*no config\.json.*; say what it is with --base"):
+        sat_model_of({"vae": file})
+    assert sat_model_of({"vae": file}, base=base).autoencoder is not None
+    for part, said in {"transformer": "have no counterpart in SAT", "vae": "there is no decoder"}.items():
+        save_file({"model.a.weight": torch.ones(1)}, file)
+        with pytest.raises(InputError, match=f"^{file}: .*{said}"):
+            sat_model_of({part: file}, base=base)
 
 
 def test_another_position_table_is_refused(family, tmp_path):
@@ -410,7 +422,7 @@ def test_a_config_that_is_not_that_of_the_weights_is_refused(converted, tmp_path
     with pytest.raises(InputError, match=r"do not fit the configuration:(.|\n)*adaLN_modulations\.2\..* is missing"):
         sat_model_of({"transformer": tmp_path / "transformer"})
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(config | {"_class_name": "SD3Transformer2DModel"}))
-    with pytest.raises(InputError, match="describes a SD3Transformer2DModel"):
+    with pytest.raises(InputError, match="transformer/config.json describes a SD3Transformer2DModel"):
         sat_model_of({"transformer": tmp_path / "transformer"})
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(config | {"activation_fn": "geglu"}))
     with pytest.raises(InputError, match="activation_fn='geglu'"):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sgm.conversion.trainers.sources import find_files, read_source
 from sgm.conversion.trainers.zero import read_zero_state
 from sgm.util import InputError
 from tests.sgm.conversion.trainers.zero_files import require_equal, write_state
@@ -111,6 +112,29 @@ def test_incomplete_and_mixed_states_are_refused(some, stage, change, said):
     change(folder)
     with pytest.raises(InputError, match=said):
         read_zero_state(folder)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_ranks_of_different_saves_are_refused(some, stage):
+    folder = some[0](stage=stage, steps=(70, 70, 80))
+    said = f"mixes the files of several saves: {OPTIM.format(0)} of step 70, {OPTIM.format(2)} of step 80"
+    with pytest.raises(InputError, match=said):
+        read_zero_state(folder)
+    shutil.rmtree(folder)
+    assert read_zero_state(some[0](stage=stage, steps=(70, 70, 70))).world_size == 3
+
+
+def test_states_in_a_folder_without_latest_are_named(some, tmp_path):
+    folder = some[0](stage=2)
+    with pytest.raises(InputError, match=f"found: none.*or give one of the ZeRO states in it: {folder}$"):
+        find_files(tmp_path)
+
+
+def test_the_iteration_is_in_the_name_of_the_folder_without_zero(tmp_path):
+    for name, iteration in (("global_step70", 70), ("1000-ema", 1000), ("step", 1)):
+        (tmp_path / name).mkdir()
+        torch.save({"module": {"mixins.a": torch.ones(1)}}, tmp_path / name / "mp_rank_00_model_states.pt")
+        assert read_source(tmp_path / name).iteration == iteration
 
 
 A, SPARSE = torch.ones(2), torch.ones(3).to_sparse()

@@ -30,8 +30,15 @@ def split(tensors: dict[str, torch.Tensor], world: int, stage: int, padding: int
     return [torch.cat(parts) for parts in shares]
 
 
-def write_state(folder: Path, groups, *, stage=2, world=3, frozen=None, buffers=None, shared=None, bf16="", padding=0):
-    """Write the files of a ZeRO state as DeepSpeed does: `groups` are trained tensors by name."""
+def write_state(
+    folder: Path, groups, *, stage=2, world=3, frozen=None, buffers=None, shared=None, bf16="", padding=0, steps=()
+):
+    """Write the files of a ZeRO state as DeepSpeed does.
+
+    Args:
+        groups: trained tensors by name.
+        steps: of the optimizer of each rank, if any.
+    """
     folder.mkdir(parents=True)
     frozen, buffers = frozen or {}, buffers or {}
     module = {name: t.bfloat16() for group in (*groups, frozen) for name, t in group.items()} | buffers
@@ -47,6 +54,11 @@ def write_state(folder: Path, groups, *, stage=2, world=3, frozen=None, buffers=
             state = {"zero_stage": stage, "partition_count": [world] * len(groups), "base_optimizer_state": {}}
             state["single_partition_of_fp32_groups"] = weights
             state["param_alignment_paddings"] = [[padding] * len(group) for group in groups]
+        if steps:
+            state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"] = {
+                "state": {group: {"step": torch.tensor(steps[rank])} for group in range(len(groups))},
+                "param_groups": [{} for _ in groups],
+            }
         torch.save({"optimizer_state_dict": state}, folder / f"{bf16}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
         if stage == 3 or rank == 0:
             fragments = frozen

@@ -312,6 +312,29 @@ def test_single_file_folder(own_t5_dir, t5_dir):
     assert torch.equal(FrozenT5Embedder(str(own_t5_dir))(texts), FrozenT5Embedder(str(t5_dir))(texts))
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_of_a_variant_are_those_where_nothing_else_is(own_t5_dir, t5_dir, sharded):
+    """As ``save_pretrained(variant="fp16")`` writes them."""
+    tensors = {name: tensor for shard in shards(own_t5_dir) for name, tensor in load_file(shard).items()}
+    for shard in shards(own_t5_dir):
+        shard.unlink()
+    (own_t5_dir / "model.safetensors.index.json").unlink()
+    names = [f"model.fp16-0000{n}-of-00002.safetensors" for n in (1, 2)] if sharded else ["model.fp16.safetensors"]
+    for n, name in enumerate(names):
+        save_file({key: tensors[key] for key in sorted(tensors)[n :: len(names)]}, own_t5_dir / name, {"format": "pt"})
+    if sharded:
+        listed = {key: names[n % 2] for n, key in enumerate(sorted(tensors))}
+        (own_t5_dir / "model.safetensors.index.fp16.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": listed})
+        )
+    embedder = FrozenT5Embedder(str(own_t5_dir))
+    embedder.check()
+    assert torch.equal(embedder(["a red ball"]), FrozenT5Embedder(str(t5_dir))(["a red ball"]))
+    (own_t5_dir / "model.bf16.safetensors").touch()
+    with pytest.raises(InputError, match=r"has several sets of weights: model\.bf16\.safetensors, model\..*fp16"):
+        FrozenT5Embedder(str(own_t5_dir)).check()
+
+
 @pytest.mark.parametrize("params", [{"dtype": "fp8"}, {"offload": "disk"}, {"max_length": 1}, {"device": "gpu"}])
 def test_unsupported_parameters_are_refused(params):
     with pytest.raises(InputError, match=next(iter(params))):

@@ -243,7 +243,14 @@ def test_what_does_not_fit_is_refused(every, tmp_path):
             import_lora(every.config(), tmp_path / "x.safetensors", tmp_path / "y")
 
     refused("to_q only lokr_w1; copy", {n: t for n, t in tensors.items() if n != f"{name}.lokr_w2"})
-    refused("beside LoKr of the same module", tensors | {f"{name}.lora_up.weight": torch.ones(2, 2)})
+    other = name.replace("_0_", "_7_")
+    for module in (name, other):
+        refused("beside LoKr; save one adapter", tensors | {f"{module}.lora_up.weight": torch.ones(2, 2)})
+    refused("has of transformer_blocks.7.attn1.to_q only alpha", tensors | {f"{other}.alpha": torch.ones(())})
+    for kind in ("lokr_w1", "lokr_w2"):
+        pair = {f"{name}.{kind}_a": torch.ones(8, 1), f"{name}.{kind}_b": torch.ones(2, 8)}
+        own = {n: t for n, t in tensors.items() if n != f"{name}.{kind}"} | pair
+        refused(rf"{kind}_a \(8, 1\) and {kind}_b \(2, 8\) of .*to_q have no rank in common", own)
     refused("lokr_t2 cannot be taken", tensors | {f"{name}.lokr_t2": torch.ones(2, 2)})
     refused("expected two axes", tensors | {f"{name}.lokr_w2": torch.ones(8, 8, 1, 1)})
     refused(
