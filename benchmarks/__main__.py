@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[1]
 FOLDER = "FOLDER"
 PARTS: Mapping[str, Sequence[str]] = {
     "traffic": ("benchmarks.traffic",),
-    "network and VAE": ("benchmarks.bench", "--sizes", "cpu", "--repeats", "5"),
-    "compiled": ("benchmarks.bench", "--sizes", "cpu", "--only", "dit", "--compile", "--repeats", "5"),
+    "network and VAE": ("benchmarks.bench", "--sizes", "cpu", "--repeats", "3"),
+    "compiled": ("benchmarks.bench", "--sizes", "cpu", "--only", "dit", "--compile", "--repeats", "3"),
     "accelerator code": ("benchmarks.accelerator_code",),
-    "steps": ("benchmarks.steps",),
+    "steps": ("benchmarks.steps", "--repeats", "3"),
     "step cache": ("benchmarks.step_cache", "--samples", "4", "--configs", "toy"),
     "ranks": (
         *("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"),

@@ -212,7 +212,6 @@ def test_findings_are_headed_by_what_a_shell_takes_again(script, tmp_path):
         assert shlex.split(first) == ["bash", script, *given]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     "script", [pytest.param("finetune_single_gpu.sh", marks=pytest.mark.slow), "finetune_multi_gpus.sh"]
 )

@@ -28,7 +28,7 @@ def test_a_part_that_fails_is_named_and_the_others_run(code, monkeypatch, capsys
     assert command.main(["--only", "steps", "traffic"]) == bool(code)
     assert started == [command.PARTS["steps"], command.PARTS["traffic"]]
     printed = capsys.readouterr()
-    assert "## steps: python -m benchmarks.steps\n" in printed.out and "(2 s, processor time 3 s)" in printed.out
+    assert "## traffic: python -m benchmarks.traffic\n" in printed.out and "(2 s, processor time 3 s)" in printed.out
     assert ("failed: steps" in printed.err) is bool(code)
 
 

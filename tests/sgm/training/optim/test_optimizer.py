@@ -416,7 +416,6 @@ LIBRARY = {
 BITSANDBYTES = {"type": "bitsandbytes.optim.AdamW8bit", "params": {"lr": 3e-3}}
 
 
-@pytest.mark.thorough
 def test_every_optimizer_trains_and_resumes_on_two_ranks(tmp_path):
     """At ZeRO 0 to 2: the loss falls, a resumed run is equal bit by bit, and the stages agree, average included."""
     offload = {"optimizer": LIBRARY["muon"], "stages": [1], "zero": {"offload_optimizer": {"device": "cpu"}}}
