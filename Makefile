@@ -19,12 +19,19 @@ LAND = --base configs/toy.yaml configs/toy_inference.yaml configs/toy_loras.yaml
 	args.input_file=outputs/land/clips/prompts.txt args.loras.0.path=$(TRAINED)
 TRAINED = $$(dirname "$$(ls -t outputs/land/runs/land-*/latest | head -n 1)")
 
+# A command in the background, whose output goes to a file and is shown if it fails. One thread for each of those that
+# work at the same time: the toy gains little from a second one, and threads that wait for each other's cores lose much.
+BESIDE = export OMP_NUM_THREADS=1; mkdir -p outputs; \
+	beside() { log=$$1.log; shift; { "$$@" >$$log 2>&1 || cat $$log >&2; } & }
+
 # What a step of the demo does, in the place of its command.
 SAY := @printf '\n== %s\n'
 
 demo: $(VENV)/installed  ## sample the toy models, teach one of them something new, sample it again, take it to diffusers
-	$(SAY) "1 of 6: sampling ten clips, six from text and four from an image"
-	@bash inference.sh
+	$(SAY) "1 of 6: sampling ten clips, six from text and, in the background, four from an image"
+	@$(BESIDE); beside outputs/demo_i2v bash inference.sh configs/toy_i2v.yaml configs/toy_inference.yaml \
+		args.output_dir=outputs/toy_i2v; \
+		bash inference.sh configs/toy.yaml configs/toy_inference.yaml; code=$$?; wait; exit $$code
 	@$(BIN)/python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png
 	$(SAY) "2 of 6: making 78 clips, 48 of them with something that the toy does not know: green land"
 	@rm -rf outputs/land
@@ -33,8 +40,8 @@ demo: $(VENV)/installed  ## sample the toy models, teach one of them something n
 	@bash finetune_single_gpu.sh configs/toy_lora.yaml configs/toy_sft.yaml configs/toy_land.yaml
 	$(SAY) "4 of 6: sampling five prompts with the LoRA at strength 1, and at 0 and 0.5 in the background"
 	@at() { $(BIN)/python sample_video.py $(LAND) args.loras.0.strength=$$1 args.output_dir=outputs/land/strength_$$1; }; \
-		for strength in 0 0.5; do log=outputs/land/strength_$$strength.log; \
-		{ at $$strength >$$log 2>&1 || cat $$log >&2; } & done; at 1; code=$$?; wait; exit $$code
+		$(BESIDE); for strength in 0 0.5; do beside outputs/land/strength_$$strength at $$strength; done; \
+		at 1; code=$$?; wait; exit $$code
 	@$(BIN)/python tools/toy/concept.py measure outputs/land/strength_0 outputs/land/strength_1
 	@$(BIN)/python tools/contact_sheet.py outputs/land/strength_0 outputs/land/strength_0.5 outputs/land/strength_1 \
 		--beside --columns 4 --out outputs/demo_lora.png

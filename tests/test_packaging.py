@@ -158,7 +158,7 @@ def test_what_the_targets_do():
     steps = re.findall(r"tools/(\w+)\.py|(\w+)\.sh|(sample_video)\.py", rules["demo"])
     names = ["".join(step) for step in steps]
     assert names.count("sample_video") == 1 and names.count("contact_sheet") == 2
-    assert "for strength in 0 0.5; do" in rules["demo"] and "done; at 1;" in rules["demo"]
+    assert "for strength in 0 0.5; do beside" in rules["demo"] and "at 1;" in rules["demo"]
     assert re.findall(r'SAY\) "(\d) of 6: ', rules["demo"]) == [*"123456"], "each step is announced"
     commands = [line for line in rules["demo"].splitlines() if not line.startswith(("\t\t", "\t$(SAY)"))]
     assert all(line.startswith("\t@") for line in commands), "and its command is not echoed"

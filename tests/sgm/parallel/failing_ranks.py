@@ -32,6 +32,7 @@ from tests.processes import rank_environments
 from tests.sgm.training.points import POINT
 
 TIMEOUT = 8  # seconds; the machine may be busy, and heartbeats late
+LONG = 3 * TIMEOUT  # that of a pause: half of it, less the pause, is what heartbeats may be late
 NEVER = timedelta(minutes=5)  # timeout of waits that only heartbeats end, however late they are
 FORKS = multiprocessing.get_context("fork")  # fork after all imports
 
@@ -61,6 +62,10 @@ def wait_in_a_collective(waiting: int) -> None:
 
 def end_apart() -> None:
     time.sleep(TIMEOUT * d.rank())
+
+
+def pause_apart() -> None:
+    time.sleep(TIMEOUT)
 
 
 def never_meet() -> None:
@@ -108,7 +113,8 @@ CASES: dict[str, tuple[Callable[[], Any], Signals]] = {
     "late": (meet_late, []),
     "different": (disagree, []),
     "different clips": (encode_different_clips, []),
-    "paused": (end_apart, [(0, 1, signal.SIGSTOP), (TIMEOUT / 5, 1, signal.SIGCONT)]),
+    "apart": (end_apart, []),
+    "paused": (pause_apart, [(0, 1, signal.SIGSTOP), (LONG / 8, 1, signal.SIGCONT)]),
 }
 
 
@@ -120,11 +126,12 @@ def be_rank(env: dict[str, str], work: Callable[[], Any], path: Path) -> None:
     """Run the work of a rank as the commands do; write messages to a file."""
     os.environ.update(env)
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)
-    d.configure(SamplingArgs(distributed_timeout=TIMEOUT))
+    timeout = LONG if work is pause_apart else TIMEOUT
+    d.configure(SamplingArgs(distributed_timeout=timeout))
     d.initialize(mesh=d.Mesh(sequence=2))
     dist.new_group([0, 1])
     groups = list(dist.distributed_c10d._world.pg_map)
-    assert len(groups) > 3 and {timeout_of(group) for group in groups} == {timedelta(seconds=TIMEOUT)}
+    assert len(groups) > 3 and {timeout_of(group) for group in groups} == {timedelta(seconds=timeout)}
     dist.new_group([0, 1], timeout=NEVER)
     path.with_suffix(".ready").touch()
     try:

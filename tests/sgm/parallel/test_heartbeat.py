@@ -56,9 +56,10 @@ def test_a_stuck_rank_ends_too(results):
     assert re.search(r"error: (rank 1 |rank 0.* is gone)", results["stuck"]["messages"][1])
 
 
-def test_ranks_that_end_apart_or_pause_raise_no_alarm(results):
-    assert results["paused"]["codes"] == [0, 0]
-    assert results["paused"]["messages"] == ["", ""]
+@pytest.mark.parametrize("case", ["apart", "paused"])
+def test_ranks_that_end_apart_or_pause_raise_no_alarm(results, case):
+    assert results[case]["codes"] == [0, 0]
+    assert results[case]["messages"] == ["", ""]
 
 
 @pytest.mark.parametrize("case", ["slow", "late"])
