@@ -20,7 +20,7 @@ from sgm.util import InputError
 from sgm.weights.files import find_weights, read_metadata, read_tensors
 from tests.geometries import ROTARY
 from tests.marks import thorough
-from tests.processes import only_run, selected, train_all
+from tests.processes import asked, only_run, selected, train_all
 
 LORA = "dit_t2v_5b_lora"
 # frames, height, width → clips: with 4 at a time, each bucket has whole and partial micro-batches.
@@ -67,7 +67,8 @@ def difference(one, other):
 def runs(request, training_yaml, settings, tmp_path_factory):
     """Return a function: (ranks, part) → run folder; global batch 4, uninterrupted or resumed."""
     top = tmp_path_factory.mktemp("buckets")
-    for world in (1, 2) if selected(request, test_two_ranks_train_as_one_does) else (1,):
+    on_two = (2,) in asked(request, "world") or selected(request, test_two_ranks_train_as_one_does)
+    for world in (1, 2) if on_two else (1,):
         jobs = []
         shared = [*settings, f"deepspeed.train_micro_batch_size_per_gpu={4 // world}"]
         for part, more in (("straight", []), ("resumed", ["args.exit_interval=2"]), ("resumed", ["args.resume=auto"])):

@@ -59,8 +59,8 @@ def runs(request, training_yaml, tmp_path_factory):
 
     chosen = {*asked(request, "kind", "world", "stage")}
     killed = {("lora", world, 2) for (world,) in asked(request, "killed_ranks")}
-    compared = selected(request, test_ranks_and_stages_do_not_matter)
-    combinations = {*chosen, *killed, *(REFERENCES if compared else ())}
+    compare = (test_ranks_and_stages_do_not_matter, test_training_changes_the_loss_and_the_weights)
+    combinations = {*chosen, *killed, *(REFERENCES if any(selected(request, test) for test in compare) else ())}
     for world in WORLDS:
         jobs = []
         for kind, _, stage in sorted(key for key in combinations if key[1] == world):
