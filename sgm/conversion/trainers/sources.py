@@ -16,7 +16,7 @@ from sgm.config.load import load_config
 from sgm.config.values import shortened
 from sgm.conversion.diffusers.from_sat import FOLDED
 from sgm.conversion.diffusers.names import network_from_diffusers
-from sgm.conversion.diffusers.to_sat import ITERATION, is_index, read_json, weight_files
+from sgm.conversion.diffusers.to_sat import ITERATION, config_file, is_index, read_json, weight_files
 from sgm.conversion.trainers.zero import PART_FILE, deepspeed_objects, is_zero_state, read_zero_state
 from sgm.io import require_local
 from sgm.log import get_logger
@@ -135,7 +135,7 @@ def _from_files(path: Path, dtype: torch.dtype | None, trust: Sequence[str]) -> 
             stored |= read_weights(file)
     if FOLDED in read_metadata(files[0]):
         raise InputError(f"{path} was written with --fold_image_scale; tools/convert_weight_hf2sat.py undoes that")
-    beside = files[0].with_name("config.json")
+    beside = config_file(files[0])
     number = re.match(r"(?:global_step)?(\d+)", files[0].parent.name)  # also of 1000-ema
     with deepspeed_objects():
         adapters = read_adapter_info(files[0]) if len(files) == 1 else None

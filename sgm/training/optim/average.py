@@ -84,7 +84,7 @@ def evaluation_weights(engine: Any) -> Iterator[None]:
     With others they are the same. Collective: all ranks enter it.
     """
     optimizer = engine.optimizer
-    base: Any = getattr(optimizer, "optimizer", optimizer)
+    base = inside(optimizer)
     if not callable(getattr(base, "eval", None)):
         yield
         return
@@ -107,7 +107,7 @@ def average_kept(engine: Any) -> Iterator[None]:
 
     Its average and its iterates stay, and the point between them moves. Collective: all ranks enter it.
     """
-    base: Any = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    base = inside(engine.optimizer)
     has_points = callable(getattr(base, "eval", None))
     if has_points:
         base.eval()
@@ -125,6 +125,11 @@ def _copy_to_network(optimizer: Any) -> None:
             low.copy_(high)
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
+
+
+def inside(optimizer: Any) -> Any:
+    """Return the optimizer inside one of DeepSpeed's, which has parameter groups and settings; others as they are."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def has_master_copies(optimizer: Any) -> bool:
@@ -147,7 +152,7 @@ def full_ema(engine: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]) 
         ranks of its tensor-parallel group; empty elsewhere.
     """
     optimizer = engine.optimizer
-    base = getattr(optimizer, "optimizer", optimizer)
+    base = inside(optimizer)
     averages: dict[str, Tensor] = {}
     masters = dict(_master_copies(optimizer)) if has_master_copies(optimizer) else {}
     started = any("ema" in state for state in base.state.values())

@@ -18,7 +18,7 @@ from torch.optim.adamw import adamw
 from torch.overrides import TorchFunctionMode
 
 import sgm.distributed
-from sgm.training.optim.average import average_kept, has_master_copies, keep_average
+from sgm.training.optim.average import average_kept, has_master_copies, inside, keep_average
 from sgm.training.optim.muon import Muon
 from sgm.training.optim.whole import WholeMatrices
 from sgm.util import InputError, default, get_obj_from_str, nearest
@@ -309,7 +309,7 @@ def settings_kept(engine: Any) -> Iterator[None]:
     # The point at which a schedule-free optimizer trains depends on its betas.
     betas = [[list(group.get("betas", ())) for group in each] for each in (_settings_of_groups(engine), groups)]
     with average_kept(engine) if betas[0] != betas[1] else contextlib.nullcontext():
-        for group, current in zip(getattr(zero, "optimizer", zero).param_groups, groups, strict=True):
+        for group, current in zip(inside(zero).param_groups, groups, strict=True):
             group.update(current)
     for name, value in given.items():
         if name.startswith("loss_scale"):
@@ -319,7 +319,7 @@ def settings_kept(engine: Any) -> Iterator[None]:
 
 def _settings_of_groups(engine: Any) -> list[dict[str, Any]]:
     """Return the settings in the groups of the optimizer of a DeepSpeed engine."""
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    optimizer = inside(engine.optimizer)
     names = settings_of(optimizer)
     return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
 
