@@ -28,7 +28,8 @@ from vae_modules.layers import (
 )
 from vae_modules.regularizers import DiagonalGaussian, DiagonalGaussianRegularizer
 
-pytestmark = pytest.mark.filterwarnings("error")
+# Not resources that tests of other modules left to the garbage collection.
+pytestmark = pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 
 
 def random(*shape, seed=0):
