@@ -6,7 +6,8 @@
 
 Trains networks with random weights of the toy's kind on the CPU, a thread a rank, and predicts their iterations with a
 card whose figures are measured here, on other work: products, attention, elementwise operators, an update of weights,
-a tiny network, the toy's VAE and clips, and gloo between two processes. All seconds are those of processors, all
+a tiny network, the toy's VAE and clips, and gloo between two processes. As many processes measure at once as there are
+ranks, since cores share caches and memory. All seconds are those of processors, all
 threads of a rank together, since other work on a machine changes how long a step lasts, and hardly what it takes. Of
 ranks that share cores, the prediction is ranks / cores times as long as that of ranks with cores of their own, and so
 is the time of the measured ones. Cases of clips encode them in each step, the others read clips and captions from a
@@ -16,11 +17,12 @@ cache.
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +71,12 @@ CASES: Mapping[str, tuple[int, tuple[str, ...]]] = {
 
 
 def busy_seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Return the fewest processor seconds of some runs, after one that is not measured."""
+    """Return the fewest processor seconds of some runs, after one that is not measured; other ranks begin with it."""
     work()
     found = []
     for _ in range(repeats):
+        if dist.is_initialized():
+            dist.barrier()
         begun = time.process_time()
         work()
         found.append(time.process_time() - begun)
@@ -86,8 +90,32 @@ def counted(work: Callable[[], object]) -> Cost:
     return live.cost
 
 
-def calibrate() -> Card:
-    """Measure the figures of this machine's CPU, of a core, in float32."""
+def calibrate(ranks: int) -> Card:
+    """Measure the figures of a core of this machine's CPU in float32, while `ranks` processes do the same work."""
+    cores = figures_of_cores(ranks)
+    core = {name: statistics.fmean(each[name] for each in cores) for name in cores[0]}
+    gloo = gloo_figures()
+    return Card(
+        name="core of this CPU",
+        memory=4,
+        products=1.0,
+        **core,
+        per_node=1024,
+        intra_bandwidth=gloo["bandwidth"],
+        intra_latency=gloo["latency"],
+        inter_bandwidth=gloo["bandwidth"],
+        inter_latency=gloo["latency"],
+        host_bandwidth=core["memory_bandwidth"],
+        disk_bandwidth=1e9,
+        shared_bandwidth=1e9,
+        cores=1,
+        overlaps=False,  # DeepSpeed has no streams on a CPU
+        slots=len(os.sched_getaffinity(0)),
+    )
+
+
+def core_figures() -> dict[str, float]:
+    """Measure a core: the figures of a card that other cores' work changes."""
     products = _rate(_products(), "products")
     attention = _rate(_attention(), "attention")
     bandwidth = _rate(_elementwise(), "moved")
@@ -99,32 +127,21 @@ def calibrate() -> Card:
     rest = busy_seconds(encode) - cost.products / products - cost.moved / bandwidth - cost.kernels * kernel
     if rest <= 0:
         raise RunError("the VAE took less than its operators beside convolutions: the machine is too busy to measure")
-    gloo = gloo_figures()
     clips = SFTDataset(data_dir=ROOT / "assets/toy", video_size=(64, 64), fps=8, max_num_frames=17)
-    pixels = 17 * 64 * 64 / busy_seconds(lambda: clips[0])
-    return Card(
-        name="core of this CPU",
-        memory=4,
-        peak=products,
-        products=1.0,
-        attention=min(attention / products, 1.0),
-        convolutions=min(cost.convolutions / rest / products, 1.0),
-        memory_bandwidth=bandwidth,
-        state_bandwidth=state,
-        kernel_seconds=kernel,
-        per_node=1024,
-        intra_bandwidth=gloo["bandwidth"],
-        intra_latency=gloo["latency"],
-        inter_bandwidth=gloo["bandwidth"],
-        inter_latency=gloo["latency"],
-        host_bandwidth=bandwidth,
-        disk_bandwidth=1e9,
-        shared_bandwidth=1e9,
-        cores=1,
-        clip_pixels=pixels,
-        overlaps=False,  # DeepSpeed has no streams on a CPU
-        slots=len(os.sched_getaffinity(0)),
-    )
+    return {
+        "peak": products,
+        "attention": min(attention / products, 1.0),
+        "convolutions": min(cost.convolutions / rest / products, 1.0),
+        "memory_bandwidth": bandwidth,
+        "state_bandwidth": state,
+        "kernel_seconds": kernel,
+        "clip_pixels": 17 * 64 * 64 / busy_seconds(lambda: clips[0]),
+    }
+
+
+def figures_of_cores(ranks: int) -> list[dict[str, float]]:
+    """Return `core_figures` of processes that measure at the same time: they share caches and memory as ranks do."""
+    return _of_ranks(ranks, "--core")
 
 
 def _rate(work: Callable[[], object], kind: str) -> float:
@@ -191,22 +208,30 @@ def _encode() -> Callable[[], object]:
 
 def gloo_figures() -> dict[str, float]:
     """Return bandwidth and latency of all-reduces between two processes, in processor seconds of one."""
+    return _of_ranks(2, "--gloo")[0]
+
+
+def _of_ranks(ranks: int, option: str) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
-        launch(2, ["-m", "benchmarks.scaling", "--gloo", folder], OMP_NUM_THREADS="1")
-        return json.loads((Path(folder) / "0.json").read_text())
+        launch(ranks, ["-m", "benchmarks.scaling", option, folder], OMP_NUM_THREADS="1")
+        return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
 
 
-def _gloo_rank(folder: Path) -> None:
-    """Measure all-reduces of this rank."""
+def _measure_rank(folder: Path, measure: Callable[[], dict[str, float]]) -> None:
+    torch.set_num_threads(1)
+    prepare_import()
     dist.init_process_group("gloo")
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(measure()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _all_reduces() -> dict[str, float]:
     large, small = torch.ones(4_000_000), torch.ones(4)
     few = busy_seconds(lambda: [dist.all_reduce(small) for _ in range(200)]) / 200
     much = busy_seconds(lambda: dist.all_reduce(large))
     # Of two ranks, each sends as much as there is; a message passes the ring of two twice.
-    figures = {"bandwidth": large.nbytes / (much - few), "latency": few / 4}
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(figures))
-    dist.barrier()
-    dist.destroy_process_group()
+    return {"bandwidth": large.nbytes / (much - few), "latency": few / 4}
 
 
 def measure(case: str, cache: Path) -> tuple[float, float]:
@@ -260,19 +285,36 @@ def predicted(case: str, card: Card) -> Prediction:
         return predict(config, torch.float32, trained, card, vae=encodes, text_encoder=encodes)
 
 
-def rows(cases: Sequence[str], card: Card) -> list[str]:
-    """Measure cases, and return the lines of a table."""
+def rows(cases: Sequence[str], given: Card | None = None) -> list[str]:
+    """Measure cases and predict them; return the lines of a table.
+
+    Args:
+        cases: of `CASES`.
+        given: the card. None measures one for the ranks of a case before and after it, since the speed of a shared
+            machine drifts by more than the model errs.
+    """
     lines = ["| ranks and setup | predicted, s | measured, s | error | by the clock, s | largest parts |"]
     lines.append("|" + "---|" * 6)
+    cards: dict[int, Card] = {}  # those measured last
     with tempfile.TemporaryDirectory() as cache:
         for case in cases:
-            found, (busy, clock) = predicted(case, card), measure(case, Path(cache))
+            ranks = CASES[case][0]
+            before = given or cards.get(ranks) or calibrate(ranks)
+            busy, clock = measure(case, Path(cache))
+            cards = {ranks: given or calibrate(ranks)}
+            found = predicted(case, _mean(before, cards[ranks]))
             parts = sorted(found.seconds.items(), key=lambda item: -item[1])[:4]
             shown = ", ".join(f"{name} {seconds / found.step:.0%}" for name, seconds in parts)
             figures = f"{found.step:.3f} | {busy:.3f} | {found.step / busy - 1:+.0%} | {clock:.3f}"
             lines.append(f"| {case} | {figures} | {shown} |")
             sys.stderr.write(f"{lines[-1]}\n")
     return lines
+
+
+def _mean(first: Card, second: Card) -> Card:
+    values, others = asdict(first), asdict(second)
+    measured = {name: (value + others[name]) / 2 for name, value in values.items() if isinstance(value, float)}
+    return replace(first, **measured)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -282,23 +324,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calibrate", type=Path, metavar="JSON", help="only measure the card, and write it")
     parser.add_argument("--card", metavar="JSON", help="a card that was measured before")
     parser.add_argument("--gloo", type=Path, help=argparse.SUPPRESS)  # of the ranks that this starts
+    parser.add_argument("--core", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     options, words = parser.parse_known_args(argv)
-    if options.gloo:
-        _gloo_rank(options.gloo)
+    if folder := options.gloo or options.core:
+        _measure_rank(folder, _all_reduces if options.gloo else core_figures)
         return 0
     if options.train:
         return _train_rank(options.train, words)
     if words:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
-    torch.set_num_threads(1)
-    prepare_import()
     try:
-        card = card_named(options.card) if options.card else calibrate()
         if options.calibrate:
+            card = calibrate(len(os.sched_getaffinity(0)))
             options.calibrate.write_text(json.dumps(asdict(card), indent=1) + "\n", encoding="utf-8")
             return 0
-        sys.stdout.write("\n".join([json.dumps(asdict(card)), "", *rows(options.only, card), ""]))
+        prepare_import()
+        given = card_named(options.card) if options.card else None
+        sys.stdout.write("\n".join([*rows(options.only, given), ""]))
     except RunError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

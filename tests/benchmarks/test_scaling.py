@@ -1,6 +1,7 @@
 """The model of step times beside real trainings: cases, calibration and table."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -24,8 +25,25 @@ def test_the_table_compares_what_is_predicted_and_measured(monkeypatch):
     assert line.startswith(f"| 1-zero2 | {step:.3f} | {step / 1.5:.3f} | +50% | 9.000 | ")
 
 
+def test_a_case_is_predicted_with_what_the_machine_did_before_and_after_it(monkeypatch):
+    speeds = iter([2e12, 1e12, 3e12, 1e12, 1e12])
+    made, used = [], []
+
+    def calibrate(ranks):
+        made.append(ranks)
+        return replace(CARDS["h100"], peak=next(speeds))
+
+    monkeypatch.setattr(scaling, "calibrate", calibrate)
+    monkeypatch.setattr(scaling, "measure", lambda case, cache: (1.0, 1.0))
+    real = scaling.predicted
+    monkeypatch.setattr(scaling, "predicted", lambda case, card: used.append(card.peak) or real("1-zero2", card))
+    scaling.rows(["1-zero0", "1-zero2", "2-zero1"])
+    assert used == [1.5e12, 2e12, 1e12] and made == [1, 1, 1, 2, 2]
+
+
 def test_a_measured_card_is_written_for_check(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "gloo_figures", lambda: {"bandwidth": 1e9, "latency": 1e-4})
+    monkeypatch.setattr(scaling, "figures_of_cores", lambda ranks: [scaling.core_figures()])
     seconds = iter([1.0, 1.0, 1.0, 1.0, 1e-6, 1e4, 1.0])  # the tiny network, the VAE and a clip are last
     monkeypatch.setattr(scaling, "busy_seconds", lambda work: next(seconds))
     assert scaling.main(["--calibrate", str(tmp_path / "own.json")]) == 0
