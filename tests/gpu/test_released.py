@@ -211,6 +211,9 @@ def test_the_peak_of_a_guided_step_is_the_planners(size, settings):
 @pytest.mark.parametrize("lora", [True, False])
 def test_the_peak_of_a_training_step_is_the_planners(place, lora):
     config = training_config(MODEL, place.size, lora=lora)
+    estimate = step_estimate(config, torch.bfloat16)
+    if not place.is_tiny and estimate > (room := torch.accelerator.get_memory_info()[0]):
+        pytest.skip(f"an estimated {estimate / 2**30:.0f} GiB, and the card has {room / 2**30:.0f} free")
     with Peak(place.device) as peak:
         run = TrainingRun(config, place.device, torch.bfloat16)
         run.start()
@@ -221,4 +224,4 @@ def test_the_peak_of_a_training_step_is_the_planners(place, lora):
             found = peak.bytes
         finally:
             run.close()
-    assert found == pytest.approx(step_estimate(config, torch.bfloat16), rel=0.05)
+    assert found == pytest.approx(estimate, rel=0.05)
