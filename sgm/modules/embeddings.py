@@ -186,6 +186,7 @@ class _Rotation(torch.autograd.Function):
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     # A complex product is a single pass, but not every accelerator has complex numbers, and bfloat16 has none.
     if x.is_cpu and x.dtype == torch.float32:
+        x = x if x.stride(-1) == 1 else x.contiguous()  # complex numbers lie beside each other
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
         turn = torch.complex(cos[:, 1::2], sin[:, 1::2])
         return torch.view_as_real(pairs * turn[:, None]).flatten(-2)

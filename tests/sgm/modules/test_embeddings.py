@@ -112,6 +112,17 @@ def test_the_rotation_and_its_gradient_are_those_of_the_plain_form(dtype, unit):
         assert ((own - exact).abs() <= unit * size).all()
 
 
+def test_gradients_are_rotated_in_any_layout():
+    """The math kernel of attention gives those of keys transposed."""
+    cos, sin = rope_table_3d((4, 1, 1), HEAD_DIM)
+    x = random(1, 4, 3, HEAD_DIM).requires_grad_()
+    out = rotate(x, cos, sin)
+    weights = random(1, 4, 3, HEAD_DIM, seed=1)
+    transposed = weights.transpose(2, 3).contiguous().transpose(2, 3)
+    found, expected = (torch.autograd.grad(out, x, each, retain_graph=True)[0] for each in (transposed, weights))
+    assert transposed.stride(-1) == 3 and torch.equal(found, expected)
+
+
 def test_odd_sizes_are_refused():
     with pytest.raises(ValueError, match="multiple of 16, got 24"):
         rope_table_3d(GRID, 24)
