@@ -15,44 +15,52 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 WEB := gradio gradio-client hf-gradio groovy safehttpx brotli fastapi starlette uvicorn orjson pydub python-multipart \
 	pytz semantic-version tomlkit
 
-LAND = --base configs/toy.yaml configs/toy_inference.yaml configs/toy_loras.yaml \
-	args.input_file=outputs/land/clips/prompts.txt args.loras.0.path=$(TRAINED)
+TOY = --base configs/toy.yaml configs/toy_inference.yaml
+PROMPTS = args.input_file=outputs/land/clips/prompts.txt
 TRAINED = $$(dirname "$$(ls -t outputs/land/runs/land-*/latest | head -n 1)")
 
-# A command in the background, whose output goes to a file and is shown if it fails. One thread for each of those that
-# work at the same time: the toy gains little from a second one, and threads that wait for each other's cores lose much.
-BESIDE = export OMP_NUM_THREADS=1; mkdir -p outputs; \
-	beside() { log=$$1.log; shift; { "$$@" >$$log 2>&1 || cat $$log >&2; } & }
+# `beside LOG COMMAND` starts a command in the background, and `joined` ends with its code too and shows its output if it
+# failed. Both sides have one thread: the toy gains little from a second one, and threads that wait for each other's cores
+# lose much. A line for the terminal goes to 3.
+BESIDE = export OMP_NUM_THREADS=1; exec 3>&1; mkdir -p outputs; \
+	beside() { log=$$1; shift; "$$@" >$$log 2>&1 & pid=$$!; }; \
+	joined() { code=$$?; wait $$pid || { cat $$log >&2; exit 1; }; exit $$code; };
 
 # What a step of the demo does, in the place of its command.
 SAY := @printf '\n== %s\n'
 
 demo: $(VENV)/installed  ## sample the toy models, teach one of them something new, sample it again, take it to diffusers
-	$(SAY) "1 of 6: sampling ten clips, six from text and, in the background, four from an image"
-	@$(BESIDE); beside outputs/demo_i2v bash inference.sh configs/toy_i2v.yaml configs/toy_inference.yaml \
-		args.output_dir=outputs/toy_i2v; \
-		bash inference.sh configs/toy.yaml configs/toy_inference.yaml; code=$$?; wait; exit $$code
-	@$(BIN)/python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png
-	$(SAY) "2 of 6: making 78 clips, 48 of them with something that the toy does not know: green land"
 	@rm -rf outputs/land
+	$(SAY) "1 of 4: making 78 clips, 48 of them with something that the toy does not know: green land"
 	@$(BIN)/python tools/toy/concept.py make outputs/land/clips
-	$(SAY) "3 of 6: training a LoRA on them, 300 iterations"
-	@bash finetune_single_gpu.sh configs/toy_lora.yaml configs/toy_sft.yaml configs/toy_land.yaml
-	$(SAY) "4 of 6: sampling five prompts with the LoRA at strength 1, and at 0 and 0.5 in the background"
-	@at() { $(BIN)/python sample_video.py $(LAND) args.loras.0.strength=$$1 args.output_dir=outputs/land/strength_$$1; }; \
-		$(BESIDE); for strength in 0 0.5; do beside outputs/land/strength_$$strength at $$strength; done; \
-		at 1; code=$$?; wait; exit $$code
+	$(SAY) "2 of 4: training a LoRA on them, 300 iterations, while the toy models sample ten clips, six from text and four from an image"
+	@$(BESIDE) \
+		toy() { \
+			bash inference.sh configs/toy.yaml configs/toy_inference.yaml && \
+			bash inference.sh configs/toy_i2v.yaml configs/toy_inference.yaml args.output_dir=outputs/toy_i2v && \
+			$(BIN)/python tools/contact_sheet.py outputs/toy outputs/toy_i2v --out outputs/demo.png && \
+			printf '\noutputs/demo.png shows the ten clips\n' >&3 && \
+			$(BIN)/python sample_video.py $(TOY) $(PROMPTS) args.output_dir=outputs/land/strength_0; }; \
+		beside outputs/demo_toy.log toy; \
+		bash finetune_single_gpu.sh configs/toy_lora.yaml configs/toy_sft.yaml configs/toy_land.yaml; joined
+	$(SAY) "3 of 4: sampling five prompts with the LoRA at strengths 1 and 0.5, while model and LoRA are converted to diffusers"
+	@$(BESIDE) \
+		diffusers() { \
+			$(BIN)/python tools/export_sat_lora_weight.py --sat_pt_path $(TRAINED) --lora_save_directory outputs/land/lora && \
+			$(BIN)/python tools/convert_weight_sat2hf.py --base configs/toy.yaml --transformer_ckpt_path $(TRAINED) \
+				--lora keep --dtype fp32 --verify --output_path outputs/land/diffusers && \
+			$(BIN)/python tools/load_cogvideox_lora.py --model_path outputs/land/diffusers --lora_path outputs/land/lora \
+				--prompt "$$(head -n 1 outputs/land/clips/prompts.txt)" --guidance_scale 2 --num_inference_steps 30 \
+				--dtype fp32 --output_path outputs/land/diffusers.mp4; }; \
+		at() { $(BIN)/python sample_video.py $(TOY) configs/toy_loras.yaml $(PROMPTS) args.loras.0.path=$(TRAINED) \
+			args.loras.0.strength=$$1 args.output_dir=outputs/land/strength_$$1; }; \
+		beside outputs/demo_diffusers.log diffusers; \
+		at 1 && at 0.5; joined
+	$(SAY) "4 of 4: comparing our network and LoRA with those of diffusers, and clips with and without the LoRA"
+	@cat outputs/demo_diffusers.log
 	@$(BIN)/python tools/toy/concept.py measure outputs/land/strength_0 outputs/land/strength_1
 	@$(BIN)/python tools/contact_sheet.py outputs/land/strength_0 outputs/land/strength_0.5 outputs/land/strength_1 \
 		--beside --columns 4 --out outputs/demo_lora.png
-	$(SAY) "5 of 6: converting model and LoRA to diffusers, and comparing the two implementations"
-	@$(BIN)/python tools/export_sat_lora_weight.py --sat_pt_path $(TRAINED) --lora_save_directory outputs/land/lora
-	@$(BIN)/python tools/convert_weight_sat2hf.py --base configs/toy.yaml --transformer_ckpt_path $(TRAINED) \
-		--lora keep --dtype fp32 --verify --output_path outputs/land/diffusers
-	$(SAY) "6 of 6: sampling with diffusers"
-	@$(BIN)/python tools/load_cogvideox_lora.py --model_path outputs/land/diffusers --lora_path outputs/land/lora \
-		--prompt "$$(head -n 1 outputs/land/clips/prompts.txt)" --guidance_scale 2 --num_inference_steps 30 \
-		--dtype fp32 --output_path outputs/land/diffusers.mp4
 	@echo "Open outputs/demo.png (the toy models), outputs/demo_lora.png (the LoRA at strengths 0, 0.5 and 1) and" \
 		"outputs/land/diffusers.mp4 (with diffusers)."
 
