@@ -18,13 +18,17 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))  # another one for each job, and for each task of an array
 export MASTER_ADDR MASTER_PORT NNODES=$SLURM_NNODES
 NPROC_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
-export NPROC_PER_NODE OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / NPROC_PER_NODE))
+threads=$((${SLURM_CPUS_PER_TASK:?give sbatch --cpus-per-task} / NPROC_PER_NODE))
+export NPROC_PER_NODE OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds to save in, when the time is up
 
+# One task of an array has the number of the whole array as its own, by which Slurm would signal and requeue them all.
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}
+
 go_on_later() {  # a quarter of an hour before the end, see --signal
-    scancel --signal=TERM "$SLURM_JOB_ID"  # the ranks finish their step and save; not this script
+    scancel --signal=TERM "$job"  # the ranks finish their step and save; not this script
     wait "$training" || true
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
     exit
 }
 trap go_on_later USR1

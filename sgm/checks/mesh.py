@@ -33,8 +33,13 @@ def with_batch(config: Config) -> Config:
 
 
 def restart_warnings(config: Config) -> Iterator[str]:
-    """Yield why a training run cannot go on with other machines, of which the launcher was given a range."""
+    """Yield why a training run cannot go on after a restart, or with other machines of the launcher's range."""
     machines = _machines()
+    if getattr(config.args, "resume", "") == "none" and (_may_restart() or len(machines) > 1):
+        yield (
+            "args.resume=none: each restart by the launcher would begin a new run, without the iterations of the one "
+            "before; set args.resume=auto, and another args.experiment_name for a new run"
+        )
     if len(machines) < 2:
         return
     given = f"the run may restart on {machines[0]} to {machines[-1]} machines"
@@ -64,6 +69,12 @@ def _machines() -> range:
     """Return the numbers of machines on which the launcher may restart the run (``NNODES=1:4``); empty if unknown."""
     found = re.fullmatch(r"([1-9]\d*):(\d+)", os.environ.get("NNODES") or os.environ.get("PET_NNODES", ""))
     return range(int(found[1]), int(found[2]) + 1) if found else range(0)
+
+
+def _may_restart() -> bool:
+    """Whether the launcher restarts the ranks after a failure."""
+    names = ("TORCHELASTIC_MAX_RESTARTS", "MAX_RESTARTS", "PET_MAX_RESTARTS")
+    return any(os.environ.get(name, "").strip("0") for name in names)
 
 
 def _ranks_of_a_machine() -> int | None:

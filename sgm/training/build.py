@@ -124,7 +124,7 @@ def build(config: Config, plan: Plan) -> Parts:
     args, adapters = plan.args, describe_adapters(config)
     point = now = _new_point(config, plan, adapters)
     if plan.resume is not None:
-        plan.resume.check(now)
+        plan.resume.check(now, config)
         if not plan.resume.is_divided_like(now):
             plan.resume.open().require_divisible(plan.deepspeed["zero_optimization"])
         changed = ("optimizer_settings", "lora_rank", "lora_alpha", "lora_kind", "start_number")

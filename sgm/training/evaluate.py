@@ -15,7 +15,7 @@ import sgm.distributed
 from sgm.checks.sampling import enable_memory_savers
 from sgm.checks.sampling_plan import check_sampling
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config
+from sgm.config.load import Config, digest_of
 from sgm.data.clips.decode import ClipError
 from sgm.data.loader import MAX_ATTEMPTS
 from sgm.inference.prompts import Prompt, check_images, check_words, parse_prompts, read_prompts
@@ -153,6 +153,16 @@ class Evaluation:
         if self.args.strict_eval:
             return len(self.dataset)
         return self.args.eval_iters * self.batch_size * sgm.distributed.data_parallel_size()
+
+    @property
+    def validation_set(self) -> str:
+        """Digest of the samples and the loss of `losses`, whose values can be compared where it is the same."""
+        datasets, model = getattr(self.dataset, "datasets", [self.dataset]), self.config.model
+        clips = [(getattr(each, "paths", len(each)), getattr(each, "captions", None)) for each in datasets]
+        loss = dict(model["loss_fn_config"])
+        loss["params"] = {**(loss.get("params") or {}), "sigma_sampler_config": None}  # timesteps are fixed
+        parts = [model.get(name) for name in ("denoiser_config", "scale_factor")]
+        return digest_of([self.num_samples, clips, self.config.data, loss, *parts])[:12]
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:

@@ -93,15 +93,15 @@ class Metrics:
             bar_format=_BAR,
         )
 
-    def log(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Write values by name; values that are not finite become null in the file.
+    def log(self, iteration: int, values: Mapping[str, float], **labels: str) -> None:
+        """Write values by name, and to the file `labels` too; values that are not finite become null there.
 
         Raises:
             RunError: the file is not writable.
         """
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(_to_line({"iteration": iteration, **values}))
+                file.write(_to_line({"iteration": iteration, **values, **labels}))
         except OSError as error:
             raise RunError(f"could not append to {self._path}: {error}; free some space and resume the run") from error
         for name, value in values.items():
@@ -178,8 +178,10 @@ def _figures(values: Mapping[str, float]) -> str:
     return ", ".join(f"{measure.title} {value:.{measure.digits}f}" for measure, value in known if value is not None)
 
 
-def _to_line(values: Mapping[str, float | None]) -> str:
-    finite = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+def _to_line(values: Mapping[str, float | str | None]) -> str:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
     return json.dumps(finite) + "\n"
 
 

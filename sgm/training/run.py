@@ -153,8 +153,6 @@ class TrainingRun:
         sampler = parts.engine.require_loss().sigma_sampler
         self.flags, self.losses = StepFlags(self.device), LossesOfStep(sampler, self.device)
         self.quarters = LossByQuarter(self.device, num_idx=sampler.num_idx)
-        self.saver = Saver(parts)
-        self.summary.best = self.saver.best
         self.evaluation = None
         if self.args.eval_interval is not None:
             self.evaluation = Evaluation(
@@ -169,6 +167,8 @@ class TrainingRun:
                 network_in_use=parts.network_in_use,
                 asked_to_stop=lambda: bool(signals.received),
             )
+        self.saver = Saver(parts, None if self.evaluation is None else self.evaluation.validation_set)
+        self.summary.best = self.saver.best
         self.metrics = None
         if sgm.distributed.rank() == 0:
             self.metrics = Metrics(
@@ -424,7 +424,7 @@ class TrainingRun:
                 with self.parts.network_leaves() if any(self.parts.plan.caches.encodes.values()) else nullcontext():
                     values = self.evaluation.losses()
                 if self.metrics is not None:
-                    self.metrics.log(self.iteration, values)
+                    self.metrics.log(self.iteration, values, validation_set=self.evaluation.validation_set)
                 with self.parts.network_leaves():
                     samples = self.evaluation.sample(self.iteration)
                 self.summary.samples += samples

@@ -46,16 +46,24 @@ class Saver:
     Attributes:
         saved: iteration of the newest checkpoint that is complete; None without one.
         best: with ``keep_best``, on rank zero, the iteration of the lowest validation loss and that loss.
+        former_best: iterations of the lowest losses on other samples, before validation changed at a resume.
+
+    Args:
+        parts: of the run.
+        validation_set: see `Evaluation`; None without evaluations.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, validation_set: str | None = None) -> None:
         self.parts, self.args = parts, parts.plan.args
         self.saved: int | None = parts.point.iteration or None
         if self.saved is not None and not parts.point.has_weights():
             self.saved = None  # they were removed
         self.best: tuple[int, float] | None = None
+        self.former_best: set[int] = set()
         if self.args.keep_best and sgm.distributed.rank() == 0:
-            self.best = _best_kept(parts.folder, parts.point.iteration)
+            found = _best_kept(parts.folder, parts.point.iteration, validation_set)
+            self.best = found.pop(validation_set, None)
+            self.former_best = {iteration for iteration, _ in found.values()}
         network = parts.engine.network
         self.names = parts.plan.trainable.names
         if not parts.plan.trainable.adapters or self.args.save_full:
@@ -291,7 +299,7 @@ class Saver:
         # Larger ones are of a save that was killed before its state was complete, from which nobody resumes.
         kept = sorted((number for number in numbers if number <= newest), reverse=True)[: self.args.keep_last]
         for old in {*numbers} - {*kept}:
-            if self.best is not None and old == self.best[0]:
+            if old in self.former_best or (self.best is not None and old == self.best[0]):
                 continue
             for name in (str(old), f"{old}-ema"):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -303,12 +311,28 @@ class Saver:
         return f"the newest checkpoint is {self.parts.folder / str(self.saved)}"
 
 
-def _best_kept(folder: Path, iteration: int) -> tuple[int, float] | None:
-    """Return iteration and validation loss of the best checkpoint of a run that is resumed after `iteration`."""
+def _best_kept(folder: Path, iteration: int, now: str | None) -> dict[str | None, tuple[int, float]]:
+    """Return iteration and validation loss of the best checkpoints of a run that is resumed after `iteration`.
+
+    They are by the validation set of their losses, which cannot be compared with those of `now`; lines of earlier
+    versions do not say it.
+    """
     lines = [line for line in read_metrics(folder / FILE) if line["iteration"] <= iteration]
-    losses = [(line["validation_loss"], line["iteration"]) for line in lines if line.get("validation_loss") is not None]
-    kept = [(step, loss) for loss, step in sorted(losses) if (folder / str(step)).is_dir()]
-    return kept[0] if kept else None
+    lines = [line for line in lines if line.get("validation_loss") is not None]
+    kept: dict[str | None, tuple[int, float]] = {}
+    for line in lines:
+        step, loss, name = line["iteration"], line["validation_loss"], line.get("validation_set", now)
+        if (folder / str(step)).is_dir() and (name not in kept or loss < kept[name][1]):
+            kept[name] = step, loss
+    last = lines[-1].get("validation_set", now) if lines else now
+    if now not in (None, last):
+        logger.warning(
+            "the validation loss is of other samples than before iteration %d (clips, their number, ranks or the loss "
+            "changed): args.keep_best does not compare them%s",
+            lines[-1]["iteration"] + 1,
+            f", and keeps {folder / str(kept[last][0])}, the best of those before" if last in kept else "",
+        )
+    return kept
 
 
 def is_writing_rank() -> bool:

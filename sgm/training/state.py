@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, get_type_hints
 
 import torch
+import yaml
 from pydantic import FiniteFloat
 
 import sgm.distributed
@@ -60,6 +61,7 @@ ORDER = {1: "round_robin_gradients", 2: "round_robin_gradients", 3: "sub_group_s
 DEFAULT_ORDER = {"round_robin_gradients": False, "sub_group_size": 1e9}
 # Where a configuration says what is trained: without adapters, and with them.
 _TRAINED, _LORA = "model.not_trainable_prefixes", "model.network_config.params.modules.lora_config.params"
+_SHOWN = 12  # changed settings that a message lists
 # Settings of optimizers that decide which tensors their state holds; all others take effect when a run is resumed.
 STRUCTURE = ("amsgrad", "centered", "momentum")
 
@@ -134,8 +136,12 @@ class ResumePoint:
         """Folder of the state."""
         return self.run / FOLDER / str(self.iteration)
 
-    def check(self, now: "ResumePoint") -> None:
+    def check(self, now: "ResumePoint", config: Config | None = None) -> None:
         """Check that the state matches the settings of a run, `now`; warn if the results will differ.
+
+        Args:
+            now: the start of the run as it would be new.
+            config: of the run, to name what changed.
 
         Raises:
             ConfigError: settings differ; says which, and how to fix it.
@@ -189,7 +195,7 @@ class ResumePoint:
             problems.append(Problem("data.params.buckets", "", found, cure))
         if problems:
             raise ConfigError(problems)
-        self._warn(now)
+        self._warn(now, config)
 
     def is_divided_like(self, now: "ResumePoint") -> bool:
         """Whether every rank of a run, `now`, finds its state in files of its own."""
@@ -221,7 +227,7 @@ class ResumePoint:
             return None
         return None if info is None else info.alpha
 
-    def _warn(self, now: "ResumePoint") -> None:
+    def _warn(self, now: "ResumePoint", config: Config | None) -> None:
         """Warn if clips or settings differ, so that the results will."""
         if self.clips != now.clips:
             logger.warning("the training clips differ from those at the start of %s: other samples follow", self.run)
@@ -238,7 +244,10 @@ class ResumePoint:
                 self.run,
             )
         if self.config_digest != now.config_digest:
-            logger.warning("the configuration differs from the one that %s began with; see its config.yaml", self.run)
+            changed = [] if config is None else changed_settings(self.run, config)
+            more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+            listing = f": {'; '.join(changed[:_SHOWN])}{more}" if changed else ""
+            logger.warning("the configuration differs from config.yaml, with which %s began%s", self.run, listing)
         if not self.has_weights():
             logger.warning(
                 "the weights of iteration %d were removed from %s; the run goes on from the resume state, and its next "
@@ -277,6 +286,34 @@ def numbers_digest(config: Config) -> str:
     """Return the SHA-256 of the configuration without the `HARMLESS` arguments."""
     args = {name: value for name, value in config.merged.get("args", {}).items() if name not in HARMLESS}
     return digest_of({**config.merged, "args": args})
+
+
+def changed_settings(run: Path, config: Config) -> list[str]:
+    """Return what differs from the ``config.yaml`` of a run, without the `HARMLESS` arguments; empty if it is gone."""
+    try:
+        then, now = (
+            _leaves(yaml.safe_load(text))
+            for text in ((run / "config.yaml").read_text(encoding="utf-8"), config.to_yaml())
+        )
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    harmless = {f"args.{name}" for name in HARMLESS}
+
+    def said(values: Mapping[str, Any], name: str) -> str:
+        return spelled(values[name], 40) if name in values else "not given"
+
+    return [
+        f"{name} was {said(then, name)} and is {said(now, name)}"
+        for name in {**then, **now}
+        if (name in then, then.get(name)) != (name in now, now.get(name)) and name not in harmless
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Return the values of a tree by their dotted paths."""
+    if not isinstance(value, Mapping) or not value:
+        return {path: value}
+    return {key: leaf for name in value for key, leaf in _leaves(value[name], f"{path}.{name}".lstrip(".")).items()}
 
 
 def find_resume_point(args: TrainingArgs) -> ResumePoint | None:

@@ -27,6 +27,7 @@ log = get_logger(__name__)
 
 MODEL_DIR_KEY = "model.conditioner_config.params.emb_models[*].params.model_dir"
 _VARIANT = re.compile(r"model\.(?:safetensors\.index\.(.+)\.json|((?!.*-of-\d+\.).+)\.safetensors)")
+_BLOCK = re.compile(r"encoder\.block\.(\d+)\.")
 _SHOWN = 12  # unknown characters that a message lists
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -50,6 +51,15 @@ class UnknownText:
 
 
 _SIZES = {"d_model": 10**5, "d_ff": 10**6, "d_kv": 10**5, "num_heads": 10**4, "num_layers": 10**3, "vocab_size": 10**7}
+
+
+# What decides embeddings and no shape of a weight: as the released T5 has it, and what transformers takes without it.
+_RELEASED = {
+    "feed_forward_proj": ("gated-gelu", "relu"),
+    "dense_act_fn": ("gelu_new", "gelu_new"),
+    "layer_norm_epsilon": (1e-6, 1e-6),
+    "relative_attention_max_distance": (128, 128),
+}
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,16 @@ class T5Folder:
     def shards(self) -> list[Path]:
         """The weight files; files listed in an index may be missing."""
         return [self._weights[0]] if self._listed is None else [*self._listed]
+
+    @property
+    def unreleased(self) -> dict[str, Any]:
+        """Values of ``config.json`` that change embeddings with the same weights, where the released T5 has others."""
+        found = {name: self.config.get(name, absent) for name, (_, absent) in _RELEASED.items()}
+        found = {name: value for name, value in found.items() if value != _RELEASED[name][0]}
+        names = (_BLOCK.match(name) for shard in self.shards for name in read_tensors(shard))
+        blocks = 1 + max((int(match[1]) for match in names if match), default=-1)
+        layers = self.config.get("num_layers", blocks)
+        return found if layers == blocks else {**found, "num_layers": layers}  # further blocks are left out
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:

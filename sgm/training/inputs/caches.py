@@ -323,6 +323,7 @@ def text_source(conditioner: Any) -> dict[str, Any]:
             "weights": hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
             "tokenizer": hashlib.sha256(Path(encoder.folder.path, "spiece.model").read_bytes()).hexdigest(),
             "max_length": encoder.max_length,
+            **encoder.folder.unreleased,
         },
         "precision": precision_name(encoder.dtype_on(sgm.distributed.device())),
     }

@@ -101,3 +101,23 @@ def test_what_cannot_restart_on_other_machines_is_said_before(monkeypatch, machi
     assert [said in text for text in found] == [True] * (said is not None), found
     monkeypatch.setenv("NPROC_PER_NODE", "0")  # refused later
     list(restart_warnings(config))
+
+
+@pytest.mark.parametrize(
+    ("variables", "resume", "said"),
+    [
+        ({"MAX_RESTARTS": "3"}, "none", True),
+        ({"TORCHELASTIC_MAX_RESTARTS": "1"}, "none", True),
+        ({"NNODES": "1:2"}, "none", True),
+        ({"MAX_RESTARTS": "3"}, "auto", False),
+        ({"MAX_RESTARTS": "0"}, "none", False),
+        ({}, "none", False),
+    ],
+)
+def test_restarts_that_would_begin_anew_are_said_before(monkeypatch, variables, resume, said):
+    for name in ("NNODES", "PET_NNODES", "MAX_RESTARTS", "PET_MAX_RESTARTS", "TORCHELASTIC_MAX_RESTARTS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = list(restart_warnings(load_config(TRAINING, [f"args.resume={resume}"], mode="train")))
+    assert [text.startswith("args.resume=none: each restart") for text in found] == [True] * said

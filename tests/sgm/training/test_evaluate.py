@@ -127,6 +127,28 @@ def test_the_checkpoint_with_the_lowest_validation_loss_is_kept(job, monkeypatch
     assert not (first.folder / "4").exists() and (first.folder / "2").is_dir()
 
 
+@pytest.mark.thorough
+def test_losses_of_other_validation_samples_are_not_compared(job, monkeypatch, log):
+    """The best checkpoint of those before is kept, and counts again where the samples are the former ones."""
+    measured = iter([1.0, 3.0, 2.0, 1.5])
+    monkeypatch.setattr(Evaluation, "losses", lambda _: {"validation_loss": next(measured)})
+    monkeypatch.setattr(Evaluation, "sample", lambda *_: [])
+    overrides = ["args.train_iters=4", "args.eval_interval=1", "args.keep_best=true", "args.keep_last=1"]
+    overrides += ["args.resume=auto", "args.exit_interval=1"]
+    first = job(LORA, *overrides)
+    assert first.best == (1, 1.0)
+    second = job(LORA, *overrides, "args.eval_iters=2", "args.exit_interval=2")
+    assert second.best == (3, 2.0)
+    assert "the validation loss is of other samples than before iteration 2 (clips, their number," in log.text
+    assert f"does not compare them, and keeps {first.folder / '1'}, the best of those before" in log.text
+    assert sorted(path.name for path in first.folder.iterdir() if path.name.isdecimal()) == ["1", "3"]
+    assert job(LORA, *overrides).best == (1, 1.0)
+    sets = [
+        line["validation_set"] for line in read_metrics(first.folder / "metrics.jsonl") if "validation_loss" in line
+    ]
+    assert sets[0] == sets[3] != sets[1] == sets[2]
+
+
 def test_evaluation_does_not_disturb_training(job):
     overrides = ["args.train_iters=3", "model.network_config.params.modules.lora_config.params.lora_dropout=0.5"]
     plain = job(LORA, *overrides, save="plain").folder

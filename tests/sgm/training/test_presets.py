@@ -405,13 +405,30 @@ def test_the_script_for_slurm_asks_for_what_the_launcher_reads():
     assert one == array[:1] == ["args.train_data=my_clips"]
 
 
-@pytest.mark.parametrize(("gpus", "said"), [("4", "4 16\n"), ("", "8 8\n")])
+@pytest.mark.parametrize(("gpus", "said"), [("4", "4 16\n"), ("", "8 8\n"), ("80", "80 1\n")])
 def test_the_script_for_slurm_starts_a_process_for_each_gpu_that_was_asked_for(slurm, tmp_path, gpus, said):
     script, environment = slurm
     (tmp_path / "srun").write_text("#!/bin/sh\necho $NPROC_PER_NODE $OMP_NUM_THREADS\n")
     given = environment | {"SLURM_GPUS_ON_NODE": gpus, "SLURM_CPUS_PER_TASK": "64"}
     done = subprocess.run(["bash", str(script)], cwd=ROOT, env=given, capture_output=True, text=True, check=True)
     assert done.stdout == said
+
+
+@pytest.mark.parametrize(
+    ("array", "job"), [({}, "41"), ({"SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "3"}, "41_3")]
+)
+def test_the_end_of_one_task_of_an_array_is_not_that_of_the_others(slurm, tmp_path, array, job):
+    """The number of a task may be that of the whole array, which scancel and scontrol take for all of its tasks."""
+    script, environment = slurm
+    (tmp_path / "srun").write_text('#!/bin/sh\nmkdir "$STATE/$$"; exec sleep 60\n')
+    (tmp_path / "scancel").write_text('#!/bin/sh\necho "$2" >"$STATE/signalled"; cd "$STATE"; kill -TERM [0-9]*\n')
+    given, end = environment | {"SLURM_JOB_ID": "41"} | array, time.monotonic() + 60
+    with subprocess.Popen(["bash", str(script), "a.yaml"], cwd=ROOT, env=given) as process:
+        while not [*tmp_path.glob("[0-9]*")] and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 0
+    assert (tmp_path / "signalled").read_text() == f"{job}\n" and (tmp_path / f"requeued-{job}").exists()
 
 
 def test_tasks_of_an_array_have_runs_and_ports_of_their_own(slurm, tmp_path):

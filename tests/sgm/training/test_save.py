@@ -1,7 +1,9 @@
 """Checkpoints of runs killed at random moments."""
 
 import json
+import os
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +19,7 @@ import sgm.distributed
 from sgm.config.args import TrainingArgs
 from sgm.training import state
 from sgm.training.metrics import read_metrics
-from sgm.training.save import Saver, gather_parameters
+from sgm.training.save import Saver, _best_kept, gather_parameters
 from sgm.training.state import checkpoint_engine, find_resume_point
 from sgm.util import InputError, RunError
 from sgm.weights.files import find_weights, read_tensors
@@ -45,9 +47,48 @@ class Harvest:
 def test_the_newest_checkpoint_stays_though_a_killed_save_left_a_later_one(tmp_path):
     for name in ("100", "100-ema", "120", "120-ema", "150", "150-ema"):
         (tmp_path / name).mkdir()
-    saver = SimpleNamespace(args=SimpleNamespace(keep_last=1), parts=SimpleNamespace(folder=tmp_path), best=None)
+    saver = SimpleNamespace(
+        args=SimpleNamespace(keep_last=1), parts=SimpleNamespace(folder=tmp_path), best=None, former_best=()
+    )
     Saver._remove_old(saver, 120)  # pyright: ignore[reportArgumentType]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["120", "120-ema"]
+
+
+@pytest.mark.parametrize(
+    ("now", "best", "former", "said"),
+    [
+        ("b", (3, 2.0), {1}, None),
+        ("a", (1, 1.0), {3}, f"than before iteration 5.*and keeps .*{os.sep}3, the best of those before"),
+        ("c", None, {1, 3}, "than before iteration 5"),
+        (None, None, {1, 3}, None),
+    ],
+)
+def test_the_best_checkpoint_is_that_of_the_present_validation_samples(tmp_path, caplog, now, best, former, said):
+    losses = {1: (1.0, "a"), 2: (3.0, "b"), 3: (2.0, "b"), 4: (2.5, "b"), 5: (0.5, "b")}
+    lines = [{"iteration": n, "validation_loss": loss, "validation_set": of} for n, (loss, of) in losses.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    for name in losses:
+        (tmp_path / str(name)).mkdir()
+    network = SimpleNamespace(state_dict=dict)
+    plan = SimpleNamespace(
+        args=SimpleNamespace(keep_best=True, keep_last=1, save_full=False),
+        trainable=SimpleNamespace(names=(), adapters=True),
+    )
+    point: Any = SimpleNamespace(iteration=4, has_weights=lambda: True)
+    parts: Any = SimpleNamespace(plan=plan, folder=tmp_path, point=point, engine=SimpleNamespace(network=network))
+    with caplog.at_level("WARNING"):
+        saver = Saver(parts, now)
+    assert (saver.best, saver.former_best) == (best, former)
+    assert bool(caplog.messages) == (said is not None) and (said is None or re.search(said, caplog.text))
+    saver._remove_old(4)
+    assert {int(path.name) for path in tmp_path.iterdir() if path.is_dir()} == {4} | former | {best[0] if best else 4}
+
+
+def test_lines_that_do_not_say_their_validation_samples_are_of_the_present_ones(tmp_path):
+    lines = [{"iteration": 1, "validation_loss": 1.0}, {"iteration": 2, "validation_loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (tmp_path / "1").mkdir()
+    assert _best_kept(tmp_path, 2, "a") == {"a": (1, 1.0)}
 
 
 @pytest.mark.parametrize("error", [RunError("full"), RuntimeError("connection closed by peer"), KeyboardInterrupt()])

@@ -20,6 +20,7 @@ from sgm.training.run import train
 from sgm.training.state import (
     ResumePoint,
     _files_to_look_up,
+    changed_settings,
     checkpoint_engine,
     find_resume_point,
     next_start_number,
@@ -190,6 +191,23 @@ def test_what_does_not_change_the_weights_may_change_without_a_warning(training_
     ]
     digests = [numbers_digest(config) for config in configs]
     assert digests[0] == digests[1]
+
+
+def test_settings_that_changed_are_named(caplog, training_yaml, tmp_path):
+    begun = ["args.seed=7", "args.keep_last=2", "data.params.fps=4"]
+    (tmp_path / "config.yaml").write_text(load_config(training_yaml(LORA), begun, mode="train").to_yaml())
+    more = ["args.ema_decay=0.5", "deepspeed.optimizer.params.lr=2e-3", "args.keep_last=3", "data.params.fps=4"]
+    point, config = dataclasses.replace(POINT, run=tmp_path), load_config(training_yaml(LORA), more, mode="train")
+    with caplog.at_level("WARNING"):
+        point.check(dataclasses.replace(point, config_digest="other"), config)
+    said = [
+        "args.seed was 7 and is not given",
+        "deepspeed.optimizer.params.lr was 0.001 and is 0.002",
+        "args.ema_decay was not given and is 0.5",
+    ]
+    assert f"with which {tmp_path} began: {'; '.join(said)}\n" in caplog.text
+    (tmp_path / "config.yaml").unlink()
+    assert changed_settings(tmp_path, config) == []
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from sgm.data.clips.decode import READER
 from sgm.inference.video import write_video
 from sgm.models.training_inputs import training_inputs
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
-from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.training.inputs.caches import clip_source, expected_caches, require_repeatable
+from sgm.modules.encoders.modules import FrozenT5Embedder, GeneralConditioner
+from sgm.training.inputs.caches import clip_source, expected_caches, require_repeatable, text_source
 from sgm.training.inputs.precompute import after_encoding, plan_jobs, run_jobs
 from sgm.training.metrics import read_metrics
 from sgm.training.prepare import prepare
@@ -35,6 +35,8 @@ from sgm.util import InputError, RunError
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import Training, run, train_all
 
+ROOT = Path(__file__).parents[4]
+T5 = "sgm.modules.encoders.modules.FrozenT5Embedder"
 SMALL = 3_500  # bytes in a shard: several shards of each kind
 
 
@@ -228,6 +230,28 @@ def test_buckets_that_change_from_epoch_to_epoch_are_refused(training_yaml, monk
         require_repeatable(config, [])
     monkeypatch.setattr("sgm.training.inputs.caches._buckets", lambda _: parse_buckets({"240p": {5: [1.0, 1]}}))
     require_repeatable(config, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, {}),
+        ({"dense_act_fn": None, "layer_norm_epsilon": None, "relative_attention_max_distance": None}, {}),  # defaults
+        ({"relative_attention_max_distance": 64}, {"relative_attention_max_distance": 64}),
+        ({"layer_norm_epsilon": 1e-5}, {"layer_norm_epsilon": 1e-5}),
+        ({"feed_forward_proj": None}, {"feed_forward_proj": "relu"}),
+        ({"num_layers": 1}, {"num_layers": 1}),
+    ],
+)
+def test_what_config_json_decides_beside_the_weights_is_part_of_the_source_of_a_cache(tmp_path, change, said):
+    """That of the released T5 is as it was before, so that its caches stay."""
+    folder = shutil.copytree(ROOT / "assets" / "toy" / "t5", tmp_path / "t5")
+    file = folder / "config.json"
+    config = {name: value for name, value in (json.loads(file.read_text()) | change).items() if value is not None}
+    file.write_text(json.dumps(config))
+    source = text_source(GeneralConditioner([{"input_key": "txt", "target": T5, "params": {"model_dir": str(folder)}}]))
+    known = {name: source["t5"].pop(name) for name in ("weights", "tokenizer", "max_length")}
+    assert source["t5"] == said and all(known.values())
 
 
 def test_the_assignment_of_clips_to_buckets_is_part_of_the_source_of_a_cache(training_yaml, monkeypatch):
