@@ -101,7 +101,7 @@ def test_weights_without_a_control_are_refused_for_sampling_and_those_with_one_n
     network = instantiate_from_config(with_control(section))
     with pytest.raises(InputError, match="holds no weights for a control video"):
         load_network(network, config.args.load, allow_missing_adapters=False)
-    with pytest.raises(InputError, match="takes a control video, and the configuration none"):
+    with pytest.raises(InputError, match=r"takes a control video, and the configuration none; add \S+video\.yaml$"):
         load_network(instantiate_from_config(section), path)
     with pytest.raises(InputError, match=r"control_channels=3 is neither 0 nor out_channels=16"):
         instantiate_from_config(with_control(section, control_channels=3))
@@ -372,8 +372,9 @@ def test_lines_name_a_control_after_prompt_and_image():
     assert (prompt.image, prompt.control) == (Path("a.png"), Path("b.mp4"))
     for image2video, line in ((False, "a cat"), (True, "a cat@@a.png"), (False, "a cat@@a.mp4@@b.mp4")):
         form = "prompt@@image@@control" if image2video else "prompt@@control"
-        with pytest.raises(InputError, match=f"x:1: .* is not of the form {form}, which this model needs"):
+        with pytest.raises(InputError, match=f"x:1: .* is not of the form {form}, which this model needs") as caught:
             parse_prompts([line], image2video=image2video, source="x", control=True)
+        assert "args.valid_prompts=null" in str(caught.value)  # training refuses args.control
 
 
 def sampling(tmp_path, *overrides, control=True):

@@ -239,12 +239,17 @@ def _load_lora(pipe: Any, file: Path, scale: float) -> None:
     from sgm.weights.files import check_values, read_tensors
 
     check_values(file)
+    held = sum(re.search(r"lora(_A|_down|\.down)\.", name) is not None for name in read_tensors(file))
+    if not held:
+        raise _wrong(
+            f"the LoRA {file} holds no matrices A and B, which alone diffusers loads (LoKr has others): merge it into "
+            "the model with tools/merge_lora_weight.py and tools/convert_weight_sat2hf.py"
+        )
     try:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="lora", local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise _wrong(f"the LoRA {file} does not fit this model: {error}") from error
     # diffusers only warns if the model lacks layers of the file, or no name belongs to the transformer.
-    held = sum(re.search(r"lora(_A|_down|\.down)\.", name) is not None for name in read_tensors(file))
     taken = sum(".lora_A." in name for name, _ in pipe.transformer.named_parameters())
     if taken != held:
         raise _wrong(

@@ -76,10 +76,10 @@ def pair_problems(config: Config, *, trains_adapters: bool) -> Iterator[Problem]
         found = f"is missing, and {loss} compares pairs of clips"
         cure = "name the column of a manifest with the clips that are not preferred, such as rejected"
         yield Problem(f"{_DATA}.rejected_column", "", found, cure)
-    for key in ("latent_cache", "precompute"):
-        if getattr(args, key):
-            found = f"is given, and a cache has no rejected clips, which {loss} needs"
-            yield Problem(f"args.{key}", "", found, "remove it; args.text_cache works")
+    if args.latent_cache or (args.precompute and "latents" in args.precomputed):
+        key = "latent_cache" if args.latent_cache else "precompute"
+        cure = "remove it; args.text_cache works, alone or with precompute"
+        yield Problem(f"args.{key}", "", f"is given, and a cache has no rejected clips, which {loss} needs", cure)
     if config.model.get("latent_input"):
         yield Problem("model.latent_input", "", f"is true, and {loss} takes videos", "set it to false")
 

@@ -246,7 +246,8 @@ def _parse(line: str, index: int, *, image2video: bool, control: bool, folder: P
         form = IMAGE_SEPARATOR.join(["prompt", *files])
         raise InputError(
             f"'{line.strip()}' is not of the form {form}, which this model needs; write the prompt, then after each "
-            f"'{IMAGE_SEPARATOR}' the path of a file: {', '.join(files)}. args.control gives one control to all prompts"
+            f"'{IMAGE_SEPARATOR}' the path of a file: {', '.join(files)}. args.control gives one to all prompts; in "
+            "training, args.valid_prompts=null takes captions and controls of the data"
         )
     if control:
         found = [_find_file(part, folder, name) for name, part in zip(files, parts[1:], strict=True)]

@@ -230,7 +230,10 @@ def _require_equal(source: str, expected: Shapes, tensors: Stored) -> None:
         return
     lines = [f"{source} does not fit the configured network:"]
     if CONTROL_WEIGHT in file_shapes and CONTROL_WEIGHT not in expected:
-        lines.insert(0, f"{source} takes a control video, and the configuration none; add configs/control/video.yaml")
+        control = f"{source} takes a control video, and the configuration none; add configs/control/video.yaml"
+        if len(problems + missing + unexpected) == 1:
+            raise InputError(control)
+        lines.insert(0, control)
     if built and found and built.kind() != found.kind():
         what = "a LoRA" if lora else "the weights"
         lines.insert(0, f"{what} of {found.kind()}, and the configuration builds {built.kind()}; {found.config_hint()}")

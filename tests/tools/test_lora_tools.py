@@ -358,6 +358,15 @@ def test_a_lora_that_does_not_fit_is_refused(sample, run_folder, tmp_path):
     assert not video.exists()
 
 
+@pytest.mark.thorough
+def test_a_lokr_is_refused_with_the_way_to_merge_it(sample, tmp_path):
+    """diffusers only warns that it has loaded nothing, and then knows no adapter of the name."""
+    names = [f"lora_unet_transformer_blocks_0_attn1_to_q.{part}" for part in ("lokr_w1", "lokr_w2", "alpha")]
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "lokr.safetensors")
+    code, video, said = sample("--lora_path", tmp_path / "lokr.safetensors")
+    assert code == 2 and "LoKr" in said and "tools/merge_lora_weight.py" in said and not video.exists()
+
+
 def test_without_diffusers_the_extra_is_named(sample, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     code, _, said = sample()

@@ -121,7 +121,8 @@ def plan_jobs(
 def before_encoding(config: Config) -> Config:
     """Return the configuration of a run without its caches, which ``args.precompute`` has yet to fill."""
     assert isinstance(config.args, TrainingArgs)
-    return replace(config, args=replace(config.args, latent_cache=None, text_cache=None))
+    latents = "latents" in config.args.precomputed  # which not every loss takes, see `sgm.checks.training`
+    return replace(config, args=replace(config.args, latent_cache=None, text_cache=None, precompute=latents))
 
 
 def after_encoding(config: Config) -> Config:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as iio
@@ -11,8 +12,10 @@ import torch
 from data_video import SFTDataset
 from sgm.checks.training import pair_problems
 from sgm.config.args import TrainingArgs
+from sgm.config.load import load_config
 from sgm.data.clips.decode import ClipError
 from sgm.inference.video import write_video
+from sgm.training.inputs.precompute import after_encoding, before_encoding
 from sgm.training.metrics import read_metrics
 from sgm.util import InputError
 from sgm.weights.files import find_weights, read_tensors
@@ -26,6 +29,7 @@ PAIRS = [
     "data.params.rejected_column=rejected",
     "model.network_config.params.modules.lora_config.params.lora_dropout=0.5",
 ]
+CONFIGS = Path(__file__).parents[3] / "configs"
 SIZE = {"video_size": (16, 32), "max_num_frames": 5, "skip_frms_num": 0}
 
 
@@ -112,6 +116,7 @@ CONTROLLED = {"network_config": {"params": {"control_channels": 16}}}
         ({}, {"rejected_column": "r"}, {}, False, "model.loss_fn_config.target", "train a LoRA"),
         ({"latent_cache": "c"}, {"rejected_column": "r"}, {}, True, "args.latent_cache", "args.text_cache works"),
         ({"precompute": True}, {"rejected_column": "r"}, {}, True, "args.precompute", "no rejected clips"),
+        ({"precompute": True, "text_cache": "c"}, {"rejected_column": "r"}, {}, True, None, ""),  # of captions alone
         ({}, {"rejected_column": "r"}, {"latent_input": True}, True, "model.latent_input", "takes videos"),
         ({}, {"rejected_column": "r"}, {"loss_fn_config": None}, True, "data.params.rejected_column", "no pairs"),
         ({}, {"rejected_column": "r"}, CONTROLLED, True, "model.network_config.params.control_channels", "reference"),
@@ -127,6 +132,17 @@ def test_what_contradicts_pairs_is_refused(args, data, model, adapters, path, te
     found = list(pair_problems(config, trains_adapters=adapters))
     assert [problem.path for problem in found] == [path][: path is not None]
     assert all(text in str(problem) for problem in found)
+
+
+def test_captions_alone_can_be_encoded_before_training_on_pairs():
+    """A run is checked before its caches are there, and once more with them."""
+    bases = [CONFIGS / name for name in ("toy_lora.yaml", "toy_sft.yaml", "loss/preferences.yaml")]
+    both = load_config(bases, ["args.precompute=true"], mode="train")
+    captions = replace(both, args=replace(both.args, text_cache="c"))
+    for config, found in ((both, ["args.precompute"]), (captions, [])):
+        assert [problem.path for problem in pair_problems(before_encoding(config), trains_adapters=True)] == found
+        if not found:
+            assert not [*pair_problems(after_encoding(config), trains_adapters=True)]
 
 
 @pytest.mark.slow
