@@ -288,7 +288,7 @@ def test_the_page_is_served_until_a_signal_and_closed(tmp_path, monkeypatch, cap
 
         def launch(self, host, port) -> str:
             calls.append((host, port))
-            return "http://here:80/"
+            return "http://127.0.0.1:80/"
 
         def close(self) -> None:
             calls.append("closed")
@@ -300,7 +300,7 @@ def test_the_page_is_served_until_a_signal_and_closed(tmp_path, monkeypatch, cap
     monkeypatch.setattr(main.threading.Event, "wait", interrupted)
     assert main.main(["--outputs", str(tmp_path), "--host", host, "--port", "80"]) == 130
     said = capsys.readouterr().err
-    assert calls == [tmp_path, (host, 80), "closed"] and "open http://here:80/ in a browser" in said
+    assert calls == [tmp_path, (host, 80), "closed"] and "open http://127.0.0.1:80/ in a browser" in said
     assert ("can sample without a password" in said) is warned and "finished videos are kept" in said
 
 
