@@ -60,6 +60,8 @@ def test_a_complete_section_has_no_problems():
         ({"split": "nan,0,0"}, "split", "98,2,0"),
         ({"eval_interval": 5}, "eval_interval", "args.valid_data"),
         ({"experiment_name": "a/b"}, "experiment_name", "without slashes"),
+        ({"experiment_name": ".."}, "experiment_name", "give a name"),
+        ({"experiment_name": "a\0b"}, "experiment_name", "give a name"),
         ({"experiment_name": ""}, "experiment_name", "give a name"),
         ({"resume": ""}, "resume", "auto, none"),
         ({"ema_decay": 1}, "ema_decay", "0.9999"),
