@@ -389,7 +389,7 @@ class TrainingArgs(SamplingArgs):
         if self.mode == "finetune" and self.load is None:
             cure = "set args.load=<folder that holds 'latest'>, or args.mode=pretrain to start from random weights"
             yield "load", "is missing, and fine-tuning starts from weights", cure
-        if not self.experiment_name or {"/", "\\"} & set(self.experiment_name):
+        if self.experiment_name in ("", ".", "..") or {"/", "\\", "\0"} & set(self.experiment_name):
             yield (
                 "experiment_name",
                 f"is {spelled(self.experiment_name)}",

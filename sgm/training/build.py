@@ -1,6 +1,5 @@
 """Build the parts of a training run, in an order that limits memory and finds errors early."""
 
-import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -347,13 +346,10 @@ def _open_folder(config: Config, resume: ResumePoint | None, hidden: ExitStack) 
 
 @contextmanager
 def _hidden_run(args: TrainingArgs) -> Iterator[Path]:
-    experiment = args.experiment_name
-    if not re.fullmatch(r"[^/\\\0]+", experiment) or experiment in (".", ".."):
-        raise InputError(f"args.experiment_name '{experiment}' cannot be part of a folder's name; use letters and '-'")
     remove_leftovers(Path(args.save))
     with ExitStack() as stack:
         try:
-            folder = stack.enter_context(hidden_folder(Path(args.save) / experiment))
+            folder = stack.enter_context(hidden_folder(Path(args.save) / args.experiment_name))
         except OSError as error:
             raise InputError(f"args.save: no folder can be made in {args.save}: {error}; name another one") from error
         yield folder

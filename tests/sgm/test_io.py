@@ -17,13 +17,16 @@ from sgm.conversion.diffusers.to_sat import read_json
 from sgm.conversion.inspection import inspect_checkpoint
 from sgm.conversion.writing import check_new_folder, new_folder
 from sgm.io import (
+    JSONError,
     OutputError,
     WriteError,
     atomic_file,
     denied_text,
     lock_folder,
+    parse_json,
     reason_of,
     remove_leftovers,
+    require_own_json,
     require_writable,
     write_json,
 )
@@ -96,6 +99,7 @@ def test_a_hidden_folder_killed_between_its_steps_is_removed(tmp_path):
         (RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed"), errno.ENOSPC, "full"),
         (RunError("could not write x.mp4: ffmpeg ended with 228: av_interleaved_write_frame()"), errno.EDQUOT, "quota"),
         (OSError(errno.EROFS, "Read-only file system"), None, "the file system is read-only"),
+        (OSError(errno.EFBIG, "File too large"), None, "it is too large for its file system; choose another folder"),
     ],
 )
 def test_a_failed_write_says_what_the_disk_says(tmp_path, monkeypatch, inner, number, said):
@@ -136,6 +140,32 @@ def test_free_space_is_measured_without_the_failed_file(tmp_path):
         raise OSError(errno.ENOSPC, "full")
     assert os.fstat(kept.fileno()).st_size == 0
     kept.close()
+
+
+def test_a_file_that_may_not_be_written_is_wrong_input(tmp_path):
+    with pytest.raises(WriteError, match="could not write .*x: .*you may not write there") as caught:
+        with atomic_file(tmp_path / "x"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "y"))
+    assert caught.value.exit_code == InputError.exit_code and not list(tmp_path.iterdir())
+    assert denied_text(PermissionError("locked")) == "locked; ask the owner of the file for the right"
+
+
+def test_what_another_process_takes_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    """Between its creation and its lock."""
+    flock, taken = sgm.io.flock, []
+
+    def remove_first(handle, *, wait=True):
+        if not taken:
+            (leftover,) = tmp_path.iterdir()
+            leftover.unlink()
+            taken.append(leftover)
+        flock(handle, wait=wait)
+
+    monkeypatch.setattr(sgm.io, "flock", remove_first)
+    with atomic_file(tmp_path / "x") as temporary:
+        assert temporary != taken[0]
+        temporary.write_text("whole")
+    assert (tmp_path / "x").read_text() == "whole"
 
 
 def test_an_error_that_is_not_of_the_disk_stays(tmp_path):
@@ -181,6 +211,20 @@ def test_a_folder_is_locked_to_one_process(tmp_path):
     again.close()
 
 
+def test_a_lock_that_is_replaced_or_denied_is_no_lock(tmp_path, monkeypatch):
+    def replace(handle, *, wait):
+        (tmp_path / sgm.io.LOCK).unlink()
+        (tmp_path / sgm.io.LOCK).write_text("7")
+
+    def deny(handle, *, wait):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / sgm.io.LOCK))
+
+    for fault, said in ((replace, "is in use by process 7 .* or wait"), (deny, "you may not write there")):
+        monkeypatch.setattr(sgm.io, "flock", fault)
+        with pytest.raises(InputError, match=said):
+            lock_folder(tmp_path, cure="wait")
+
+
 def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sgm.io, "fcntl", None)
     assert lock_folder(tmp_path, cure="wait") is None and "cannot be locked" in caplog.text
@@ -195,6 +239,12 @@ def test_the_name_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     (tmp_path / "b").touch()
     with pytest.raises(OutputError, match=f"'{tmp_path}/b' cannot be written to: {tmp_path}/b is a file"):
         require_writable(tmp_path, "a/c.mp4", "b/c.mp4")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with pytest.raises(
+            OutputError, match=f"'{tmp_path}/new' cannot be written to: you may not write to {tmp_path}"
+        ):
+            require_writable(tmp_path / "new")
     probed = []
     monkeypatch.setattr(sgm.io, "_probe", lambda *folders: probed.append(folders))
     require_writable(tmp_path / "new", *(f"{number}/c.mp4" for number in range(5)))
@@ -219,6 +269,22 @@ READERS = {
     "bad_clips.json": lambda path: bad_clips._read(path.parent),
     "shard.safetensors": lambda path: header_checksums(b'{"__metadata__": {}, "a": ' + path.read_bytes() + b"}"),
 }
+
+
+def test_a_folder_or_a_file_of_others_is_not_replaced_by_json(tmp_path):
+    (tmp_path / "own.json").write_text(' {"clips": []}')
+    (tmp_path / "other.json").write_text('{"rows": [{"clips": 1}]}')
+    for name in ("own.json", "new.json"):
+        require_own_json(tmp_path / name, "clips")
+    with pytest.raises(InputError, match="other.json exists and was not written by this command; name another"):
+        require_own_json(tmp_path / "other.json", "clips")
+    with pytest.raises(InputError, match="is a folder; name a file in it"):
+        require_own_json(tmp_path, "clips")
+
+
+def test_json_that_is_not_utf_8_names_line_and_byte():
+    with pytest.raises(JSONError, match=r"line 2: is not UTF-8 text \(byte 12\)"):
+        parse_json(b'{"a": "b",\n"' + b'\xff": 1}')
 
 
 @pytest.mark.parametrize(("text", "fault"), [("[" * 5000 + "]" * 5000, "nests lists"), ("9" * 5000, "5,000 digits")])

@@ -227,6 +227,7 @@ def test_of_two_precisions_the_later_file_decides(write):
         ("args.max_num_frames=49", "data.params.max_num_frames"),
         ("args.max_grad_norm=1", "deepspeed.gradient_clipping"),
         ("network_config.target=x", "model.network_config"),
+        ("args.gradient_clipping=1", "deepspeed.gradient_clipping"),
         ("args.rank=128", "model.network_config.params.modules.lora_config.params.r"),
         ("args.num_inference_steps=3", "args.num_steps"),
     ],
@@ -234,6 +235,10 @@ def test_of_two_precisions_the_later_file_decides(write):
 def test_keys_in_the_wrong_place_are_sent_to_the_right_one(override, place):
     text = training_complaint(override)
     assert "1 problem " in text and f"this belongs to {place}" in text and "did you mean" not in text
+
+
+def test_the_old_switch_of_the_model_compiles_too():
+    assert toy("model.compile_model=true").args.compile and not toy().args.compile
 
 
 def test_everything_is_reported_at_once(write):

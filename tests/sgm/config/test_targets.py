@@ -190,6 +190,39 @@ def test_values_of_the_wrong_type():
     assert "model.noised_image_input" in text and "give true or false" in text
 
 
+def test_parameters_that_are_no_mapping():
+    text = override_complaint("model.sampler_config.params=[1]", "model.denoiser_config.params=5")
+    assert "sampler_config.params" in text and "is [1]" in text and "is 5" in text
+    assert text.count("write the parameters as indented keys") == 2
+
+
+def test_a_class_whose_package_is_missing(monkeypatch):
+    def missing(target):
+        if target.endswith("VideoDDIMSampler"):
+            raise ImportError("No module named 'scipy'")
+        return get_obj_from_str(target)
+
+    monkeypatch.setattr("sgm.config.targets.get_obj_from_str", missing)
+    text = override_complaint("model.sampler_config.target=sgm.modules.diffusionmodules.sampling.VideoDDIMSampler")
+    assert "sampler_config.target" in text and "VideoDDIMSampler' failed: No module named 'scipy'" in text
+    assert "install the missing package" in text
+
+
+class _Unresolved:
+    """Annotated with a name that is imported for type checkers alone."""
+
+    def __init__(self, size: "OnlyForTypeCheckers") -> None: ...  # noqa: F821
+
+
+def test_classes_that_do_not_say_what_they_take_take_anything():
+    merged = Merged({}, {})
+    check_params(dict, {"a": 1}, ("model", "part", "params"), merged)
+    check_params(_Unresolved, {"size": "x"}, ("model", "part", "params"), merged)
+    assert merged.problems == []
+    check_params(_Unresolved, {"sice": "x"}, ("model", "part", "params"), merged)
+    assert "did you mean 'size'" in merged.problems[0].found
+
+
 class _Options:
     def __init__(self, *, size: int = 1) -> None: ...
 

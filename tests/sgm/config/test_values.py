@@ -29,6 +29,7 @@ DATE = datetime.date(2026, 1, 31)
         ("b", Literal["a", "b"]),
         (0, Annotated[int, Field(ge=0)]),
         (DATE, Any),
+        (3, Annotated[int, {"unit": "pixels"}]),
     ],
 )
 def test_fitting_values(value, hint):

@@ -3,6 +3,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sgm.data.cache import CachedTensors, ClipKeys, Description, begin, differences, divide, read_shard, write_shard
 from sgm.data.cache_folder import LocalFolder
 from sgm.data.contents import Contents
+from sgm.data.formats.huggingface import Cell
 from sgm.data.formats.webdataset import Member
 from sgm.util import InputError, RunError
 from sgm.weights.checksums import write_safetensors
@@ -41,6 +43,12 @@ def tensor(key: str) -> torch.Tensor:
 def test_results_are_divided_into_shards_in_order():
     assert divide("abcde", [4, 4, 4, 20, 1], 8) == (("a", "b"), ("c",), ("d",), ("e",))
     assert divide([], [], 8) == ()
+
+
+def test_only_the_last_shards_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("sgm.data.cache._OPEN_SHARDS", 1)
+    cache = CachedTensors(write(tmp_path, description()), "latents")
+    assert all(torch.equal(cache[key], tensor(key)) and len(cache._open) == 1 for key in "acb")
 
 
 def test_results_survive_a_round_trip(tmp_path):
@@ -151,6 +159,7 @@ def as_folder(folder):
         (lambda f: save_file({}, f / "latents-00000.safetensors"), "not written by this tool"),
         (rewritten(lambda t: t.to(torch.int8)), "latents-00000"),
         (as_folder, "directory"),
+        (lambda f: (f / "latents-00000.safetensors").write_bytes(b"\x0a" + bytes(7) + b'{"x": {} }'), "data_offsets"),
         (lambda f: flip(f / "latents-00000.safetensors", 60), "latents-00000"),
     ],
 )
@@ -166,6 +175,13 @@ def flip(path, place):
     data = bytearray(path.read_bytes())
     data[place] ^= 0x10
     path.write_bytes(data)
+
+
+def test_a_shard_that_cannot_be_replaced_is_told(tmp_path):
+    write(tmp_path, given := description())
+    as_folder(tmp_path)
+    with pytest.raises(RunError, match=r"latents-00000.safetensors cannot be replaced: .*; remove it"):
+        write_shard(tmp_path, given, 0, map(tensor, given.shards[0]))
 
 
 def test_flipped_values_are_found_when_they_are_read_and_mended_with_verify(tmp_path):
@@ -297,6 +313,34 @@ def test_keys_of_clips_follow_their_folder_and_notice_another_file(tmp_path):
     assert ClipKeys(folders[0])(member) == "data/0.tar/b.mp4, 99 bytes"
     with pytest.raises(InputError, match="cannot be read"):
         ClipKeys(folders[0])(folders[0] / "none.mp4")
+
+
+def test_keys_of_clips_in_a_table_notice_another_table(tmp_path):
+    """It has no sizes of cells."""
+    (tmp_path / "set").mkdir()
+    cell = Cell(tmp_path / "set", "video", 3, ".mp4")
+    for size in (10, 11):
+        (tmp_path / "set" / "data.arrow").write_bytes(bytes(size))
+        assert ClipKeys(tmp_path / "set")(cell) == f"set/video/3.mp4, {size} bytes"
+
+
+def test_clips_in_archives_and_tables_that_were_replaced_are_noticed(tmp_path):
+    archive, table = tmp_path / "0.tar", {"c": b"three"}
+    archive.write_bytes(bytes(512) + b"one" + b"two")
+    cell = SimpleNamespace(container=tmp_path, read=lambda: table["c"])
+    afar = SimpleNamespace(container=type("Archive", (), {"stamp": "version 1"})())
+    members = {key: (Member(archive, f"{key}.mp4", place, 3),) for key, place in (("a", 512), ("b", 515))}
+    contents = Contents({**members, "c": (cell,), "d": (afar,)})
+    stamps = contents.stamps("abcd")
+    assert [*map(bool, stamps.values())] == [True, True, True, False], "an object afar has a version instead"
+    os.utime(archive, (1, 1))
+    os.utime(tmp_path, (1, 1))
+    assert contents.changed(stamps) == [], "a copy"
+    archive.write_bytes(bytes(512) + b"one" + b"TWO")
+    table["c"] = b"other"
+    assert contents.changed(stamps) == ["b", "c"]
+    archive.unlink()
+    assert contents.changed(stamps) == ["a", "b", "c"] and contents.stamps("a") == {"a": ""}
 
 
 def test_names_that_are_not_utf_8_are_kept(tmp_path):

@@ -12,7 +12,9 @@ import yaml
 
 from sgm.inference import video
 from sgm.inference.main import main, parse
+from sgm.inference.prepare import make_folder
 from sgm.models.video_diffusion import SATVideoDiffusionEngine
+from sgm.util import InputError
 
 ROOT = Path(__file__).parents[3]
 
@@ -159,6 +161,8 @@ def test_output_folder_that_cannot_be_written(run, tmp_path):
     expect(run(f"args.output_dir={tmp_path / 'file' / 'out'}"), 2, "args.output_dir", "cannot be written")
     expect(run("args.output_dir=/proc/out", "--check"), 2, "args.output_dir", "cannot be written")
     expect(run(f"args.output_dir={tmp_path / ('x' * 256)}", "--check"), 2, "args.output_dir", "File name too long")
+    with pytest.raises(InputError, match="args.output_dir .*file/x' cannot be written to .*name another folder"):
+        make_folder(tmp_path / "file" / "x")  # of a run, whose folder was replaced since the check
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "0_a_red_circle").write_text("in the way")
     expect(

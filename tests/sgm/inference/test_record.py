@@ -1,10 +1,12 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from sgm.config.args import SamplingArgs
-from sgm.inference.record import clock, contents
+from sgm.inference.record import clock, content_of, contents
+from sgm.util import InputError
 
 
 def test_times_are_taken_when_the_device_has_finished(monkeypatch):
@@ -24,6 +26,8 @@ def test_contents_name_every_file_that_decides_samples(tmp_path):
     args = SamplingArgs(load=str(weights), base=str(weights), video=str(clip))
     model = {"first": {"params": {"ckpt_path": str(vae)}}, "emb_models": [{"params": {"model_dir": str(t5)}}]}
     config: Any = SimpleNamespace(args=args, model=model)
+    with pytest.raises(InputError, match="none.pt cannot be read .No such file .*needed for sampling"):
+        content_of(tmp_path / "none.pt")
     before = contents(config)
     assert set(before) == set(files)
     for key, path in files.items():

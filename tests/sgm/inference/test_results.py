@@ -11,7 +11,7 @@ import pytest
 from sgm.config.args import SamplingArgs
 from sgm.inference.prompts import Prompt
 from sgm.inference.results import Results, _locked, remove_unfinished
-from sgm.util import RunError
+from sgm.util import InputError, RunError
 
 PROMPT = Prompt(3, "a red ball")
 SETTINGS = {"negative_prompt": "", "num_steps": 50, "config_digest": "1234"}
@@ -144,6 +144,11 @@ def test_every_sample_number_has_its_own_folder(tmp_path):
     paths = [write(results, str(k), k=k) for k in range(2)]
     assert [path.parent.name for path in paths] == ["0", "1"]
     assert [json.loads(path.with_suffix(".json").read_text())["seed"] for path in paths] == [42, 43]
+
+
+def test_an_image_that_is_gone_is_told(tmp_path):
+    with pytest.raises(InputError, match="gone.png cannot be read .No such file"):
+        make(tmp_path).content_now(tmp_path / "gone.png")
 
 
 def test_other_content_under_the_same_name_is_another_sample(tmp_path, caplog):

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+import sgm.distributed
 import sgm.training.save
 from sgm.checks.estimate import training_estimate
 from sgm.config.load import ConfigError, load_config
-from sgm.training.async_save import HostMemory
+from sgm.training.async_save import BackgroundSave, HostMemory
+from sgm.training.optim.optimizer import make_optimizer
 from sgm.training.prepare import prepare
 from sgm.training.run import TrainingRun
 from sgm.training.save import Saver
@@ -69,6 +71,47 @@ def test_files_of_copies_are_those_of_the_originals(tmp_path):
     assert memory.nbytes == size and not again["views"][0].any()
     assert copied["views"][0].data_ptr() == again["views"][0].data_ptr(), "in the same memory"
     assert memory.copy_dense(flat[2:5]).untyped_storage().nbytes() == 12
+
+
+def test_states_in_eight_bits_are_copied():
+    pytest.importorskip("torchao.optim", reason="torchao is not installed: pip install .[lowmem]")
+    p = nn.Parameter(torch.randn(64, 64))
+    optimizer = make_optimizer({"type": "torchao.optim.AdamW8bit", "params": {"lr": 1e-2}}, [("weight", p)])
+    p.grad = torch.randn(64, 64)
+    optimizer.step()
+    moment = optimizer.state[p]["exp_avg"]
+    copied = HostMemory().copy(optimizer.state[p])["exp_avg"]
+    before = moment.dequantize()
+    assert type(copied) is type(moment) and torch.equal(copied.dequantize(), before)
+    optimizer.step()
+    assert torch.equal(copied.dequantize(), before) and not torch.equal(moment.dequantize(), before)
+
+
+def fail(error: Exception):
+    def raise_it(*_: object) -> None:
+        raise error
+
+    return raise_it
+
+
+@pytest.mark.parametrize(
+    ("publish", "settle", "error", "said"),
+    [
+        (fail(RunError("the disk is full")), None, RunError, "^the disk is full$"),
+        (fail(OSError("it is gone")), None, OSError, "it is gone"),
+        (lambda _: None, fail(ConnectionError("rank 1 has ended")), ConnectionError, "rank 1 has ended"),
+        (lambda _: None, lambda *_: "rank 1: its disk is full", RunError, "^rank 1: its disk is full$"),
+    ],
+)
+def test_a_save_that_cannot_be_completed_is_undone_and_told(monkeypatch, publish, settle, error, said):
+    if settle is not None:
+        monkeypatch.setattr(sgm.distributed, "settle", settle)
+    undone = []
+    save = BackgroundSave(7, write=lambda: ["a"], publish=publish, undo=lambda: undone.append("undone"))
+    save.wait_after_failure()
+    with pytest.raises(error, match=said):
+        save.wait()
+    assert save.failed and undone == (["undone"] if settle is None else [])
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +44,19 @@ def test_clips_are_written_once_with_their_reason(tmp_path, monkeypatch):
 def test_nothing_is_written_without_new_bad_clips(tmp_path):
     assert BadClips(tmp_path, 10, 0.5, known={"a.mp4": "known before"}).all_gather_and_write() == 1
     assert not (tmp_path / "bad_clips.json").exists()
+
+
+def test_a_data_set_without_any_usable_clip_is_refused_by_name():
+    left = {"one": ["a.mp4"], "two": []}
+    data = SimpleNamespace(train=[*left.values()], valid=[["v.mp4"]], without=lambda _: data)
+    args = TrainingArgs(train_data=[*left], save="runs")
+    with pytest.raises(InputError, match=r"(?s)no clip of two can be used:.*b.mp4.*is empty"):
+        sgm.training.bad_clips.usable(data, args, {"b.mp4": "is empty"})
+    left["two"].append("c.mp4")
+    assert sgm.training.bad_clips.usable(data, args, {}) is data
+    data.without = lambda _: SimpleNamespace(train=data.train, valid=[])
+    with pytest.raises(InputError, match="no clip of the validation data can be used"):
+        sgm.training.bad_clips.usable(data, args, {"v.mp4": "is empty"})
 
 
 def test_known_clips_count_and_stay_in_the_file(tmp_path):

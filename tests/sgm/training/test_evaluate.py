@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from benchmarks.models import build_vae, vae_section
 from sgm.config.args import TrainingArgs
 from sgm.config.load import load_config
+from sgm.data.clips.decode import ClipError
 from sgm.inference.measures import fidelity, flicker
 from sgm.inference.run import sample
 from sgm.inference.video import read_video, to_uint8, write_video
 from sgm.training.evaluate import Evaluation, _sampling_vae, evaluation_mode, validation_timestep
 from sgm.training.metrics import read_metrics
 from sgm.training.sample_measures import SampleMeasures, check_measures
-from sgm.util import InputError
+from sgm.util import InputError, RunError
 from sgm.weights.files import find_weights, read_tensors
 from tests.processes import train_all
 
@@ -334,3 +335,16 @@ def test_measures_without_their_files_or_videos_are_told_before_training(tmp_pat
     assert ("eval_clip", "is given, and eval_measures is false") in [problem[:2] for problem in wrong.problems()]
     assert "eval_measures" in [problem[0] for problem in replace(args, only_log_video_latents=True).problems()]
     assert "eval_measures" in args.unused
+
+
+def test_the_next_readable_clip_validates_in_the_place_of_a_bad_one(caplog):
+    class Clips(list):
+        def __getitem__(self, number):
+            if (found := super().__getitem__(number)) is None:
+                raise ClipError(f"{number}.mp4", "is empty")
+            return found
+
+    assert Evaluation._clip(Clips([{"txt": "a"}, None, None]), 1) == {"txt": "a"}
+    assert caplog.text.count("validation leaves out clip") == 2
+    with pytest.raises(RunError, match="validation clips cannot be read: clip 1.mp4: is empty; clip 0.mp4: is empty"):
+        Evaluation._clip(Clips([None, None]), 1)

@@ -1,5 +1,6 @@
 """Checks before weights are read, and the report of ``--check``."""
 
+import json
 import logging
 import re
 import sys
@@ -14,7 +15,7 @@ from sgm.config.args import TrainingArgs
 from sgm.config.load import ConfigError, load_config
 from sgm.training.inputs.clips import open_data
 from sgm.training.main import main
-from sgm.training.prepare import other_batch, prepare, total_iterations
+from sgm.training.prepare import _Checks, _plain, other_batch, prepare, total_iterations
 from sgm.training.run import train
 from tests.sgm.training.points import POINT
 
@@ -133,6 +134,14 @@ def test_epochs_are_rounded_up_to_whole_steps(plan):
             "args.scale_lr",
             "finds its rate",
         ),
+        (
+            FULL,
+            ["deepspeed.optimizer={type: schedulefree.AdamWScheduleFree}", "args.lr_decay_style=cosine"],
+            "args.lr_decay_style",
+            "averages its rate over the run",
+        ),
+        (FULL, ["args.checkpoint_activations=9"], "args.checkpoint_activations", "is 9, and the network has . blocks"),
+        (FULL, ["args.keep_attention=true", "args.checkpoint_activations=false"], "args.keep_attention", "recompute"),
         (FULL, ["args.save=configs/toy.yaml/runs"], "args.save", "cannot be written to"),
         (FULL, [f"args.experiment_name={'x' * 250}"], "args.save", "File name too long"),
         (FULL, ["deepspeed.train_batch_size=3"], "deepspeed.train_batch_size", "is 3"),
@@ -168,6 +177,25 @@ def test_a_wrong_value_is_reported_with_its_key(plan, name, overrides, path, mes
     with pytest.raises(ConfigError, match=message) as caught:
         plan(name, *overrides)
     assert any(problem.path.startswith(path) or path in problem.path for problem in caught.value.problems)
+
+
+def test_an_offload_that_has_no_effect_warns(plan, caplog, monkeypatch):
+    """Neither encoder is loaded if caches have all that they would encode."""
+    monkeypatch.setattr("sgm.training.prepare.reasons_to_load", lambda *_: {"vae": "", "text_encoder": ""})
+    plan(LORA, "args.network_offload=cpu")
+    assert "args.network_offload=cpu has no effect: neither VAE nor T5 is loaded" in caplog.text
+
+
+def test_a_network_without_a_method_that_a_setting_needs_is_named(training_yaml, tmp_path):
+    overrides = [f"args.save={tmp_path}", "args.offload_activations=true"]
+    checks = _Checks(load_config(training_yaml(FULL), overrides, mode="train"), for_card=False)
+    with pytest.raises(ConfigError, match="args.offload_activations.* Linear has no method offload_activations"):
+        checks._check_activations(torch.nn.Linear(1, 1))
+
+
+def test_settings_of_an_optimizer_are_described_in_json():
+    found = _plain((torch.tensor(0.5), 2, None, float("inf"), torch.float32))
+    assert found == [0.5, 2, None, "inf", "torch.float32"] and json.dumps(found)
 
 
 def test_the_precision_of_a_card_is_planned_for_on_a_cpu(plan):
@@ -233,13 +261,16 @@ def test_wrong_input_exits_with_two(training_yaml, tmp_path, capsys):
     assert "args.load" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
-def test_a_resumed_run_is_named(plan, training_yaml, tmp_path):
+def test_a_resumed_run_is_named(plan, training_yaml, tmp_path, caplog):
     overrides = [f"args.save={tmp_path / 'runs'}", "args.train_iters=4", "args.exit_interval=1"]
     folder = train(load_config(training_yaml(LORA), overrides, mode="train")).folder
     found = plan(LORA, "args.train_iters=4", "args.resume=auto")
     assert found.resume is not None and found.resume.run == Path(folder)
     assert f"{folder}, from iteration 1" in found.report()
     assert plan(LORA, "args.train_iters=4", "args.resume=auto", "args.experiment_name=other").resume is None
+    assert "an iteration takes" not in caplog.text
+    plan(LORA, "args.train_iters=4", "args.resume=auto", "deepspeed.train_micro_batch_size_per_gpu=1")
+    assert "an iteration takes 1 samples, and took 2 until iteration 1" in caplog.text
 
 
 def test_the_adapters_of_a_resumed_run_keep_their_alpha(training_yaml, tmp_path):

@@ -19,13 +19,14 @@ from scene import BACKGROUND, Clip, render
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sgm.training.save
+from sgm.config.args import TrainingArgs
 from sgm.config.load import ConfigError, load_config
 from sgm.inference.run import sample
 from sgm.inference.video import write_video
 from sgm.modules import host_activations
-from sgm.training.build import Parts
+from sgm.training.build import Parts, _publish
 from sgm.training.metrics import read_metrics
-from sgm.training.run import TrainingRun, train
+from sgm.training.run import TrainingRun, _hint, train
 from sgm.training.state import checkpoint_engine
 from sgm.training.timing import PHASES
 from sgm.util import InputError
@@ -581,3 +582,43 @@ def test_intervals_count_iterations_or_epochs(interval, due):
     parts.epochs_before = functools.partial(Parts.epochs_before, parts)
     runs = [SimpleNamespace(iteration=iteration, parts=parts) for iteration in range(1, 14)]
     assert [run.iteration for run in runs if TrainingRun._is_due(run, interval)] == due
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "args.checkpoint_activations=true"),
+        ("the loss is not finite", "lower deepspeed.optimizer.params.lr"),
+        ("[gloo] Connection closed by peer", "another rank has ended or hangs: its own message says why"),
+        ("something else", "start again with args.resume=auto once the cause is removed"),
+    ],
+)
+def test_a_failure_is_told_with_what_may_help(reason, advice):
+    assert advice in _hint(reason)
+
+
+def test_a_new_run_takes_a_name_that_no_other_has(tmp_path, monkeypatch):
+    args = TrainingArgs(save=str(tmp_path), experiment_name="x", resume="none")
+    monkeypatch.setattr(time, "strftime", lambda _: "01-02")
+
+    def hidden():
+        (folder := tmp_path / ".hidden").mkdir()
+        (folder / "log.txt").touch()
+        return folder
+
+    assert [_publish(hidden(), args).name for _ in range(2)] == ["x-01-02", "x-01-02-1"]
+    rename = Path.rename
+
+    def taken_meanwhile(path, target):
+        if target.name == "x-01-02-2":
+            (target / "of another process").mkdir(parents=True)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", taken_meanwhile)
+    assert _publish(hidden(), args).name == "x-01-02-3"
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("denied")))
+    with pytest.raises(OSError, match="denied"):
+        _publish(hidden(), args)
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    with pytest.raises(InputError, match="there are 1000 runs named x-01-02 already"):
+        _publish(tmp_path / ".hidden", args)

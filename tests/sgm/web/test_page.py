@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +17,12 @@ import pytest
 import requests
 from PIL import Image
 
+from sgm.util import InputError, RunError
 from sgm.web import jobs, main
+from sgm.web.browsers import COOKIE
 from sgm.web.choices import Folders
 from sgm.web.controls import BASIC, CONTROLS
+from sgm.web.jobs import CancelledError
 from tests.processes import forked_python
 
 LAND, OTHER = Path("assets/toy_land"), "same_land"  # two LoRAs
@@ -54,12 +58,13 @@ def client(page):
     client.close()
 
 
-def given(page, model="toy", load="", language="en", loras=(), **values):
+def given(page, model="toy", load="", language="en", loras=(), memory="", speed="", **values):
     """Return the inputs of a sampling."""
     sampling = page._sampling
     known = {name: control.default for name, control in CONTROLS.items()}
-    wanted = {**known, **sampling.models[model].values, "prompt": "a red circle moves left", "num_steps": 2, **values}
-    return [language, model, load, "", "", True, *sampling.lora_values(loras), *sampling.flat_values(wanted)]
+    of_model = sampling.models[model].values if model in sampling.models else {}
+    wanted = {**known, **of_model, "prompt": "a red circle moves left", "num_steps": 2, **values}
+    return [language, model, load, memory, speed, True, *sampling.lora_values(loras), *sampling.flat_values(wanted)]
 
 
 def test_the_toy_is_sampled_compared_and_found_again(page, client, tmp_path):
@@ -122,6 +127,120 @@ def test_no_other_file_is_history_run_or_data(page, client, path):
     assert all("is not in the folders of this page" in said for said in refused)
 
 
+NEAR = SimpleNamespace(cookies={}, session_hash="near", client=SimpleNamespace(host="127.0.0.1"), headers=None)
+
+
+@pytest.fixture
+def made(page):
+    """A function: record → a video that the command line has made; all are removed after the test."""
+    folder = page._sampling.folders.outputs / "by hand"
+
+    def make(**record):
+        path = folder / "0_a" / "0" / f"{len(list(folder.rglob('*.mp4'))):06d}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        path.with_suffix(".json").write_text(json.dumps({"prompt": "a", **record}))
+        return path
+
+    yield make
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_what_is_used_again_says_what_the_page_does_not_have(page, made):
+    history, sampling = page._history, page._sampling
+    said, _, _, model, *rest = history.reuse(
+        NEAR, "en", str(made(configs=["mine.yaml"], original_prompt="a cat", video="a.mp4", vae_tiling=True))
+    )
+    for part in ("a language model wrote from: a cat", "args.video a.mp4", "is not among those of this page"):
+        assert part in said, said
+    assert model == gradio.skip()
+    values = sampling.values_of(rest[4 + len(sampling.loras) :])
+    assert (values["prompt"], values["vae_tiling"]) == ("a", "true")
+    assert history.show(NEAR, "en", None) == (None, None, ""), "none is chosen"
+
+
+def test_the_image_of_a_video_is_taken_again_while_it_is_there(page, made, tmp_path):
+    kept = made().parent / "first.png"
+    Image.new("RGB", (64, 64), "red").save(kept)
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "elsewhere.png")
+    record = {"configs": ["configs/toy_i2v.yaml"], "image": str(kept)}
+    said, group, picture, model, *_ = page._history.reuse(NEAR, "en", str(made(**record)))
+    assert group["visible"] and model == "toy_i2v" and "data:image/jpeg" in picture
+    assert "image" not in said and page.sessions.image(NEAR.session_hash)
+    elsewhere = made(**{**record, "image": str(tmp_path / "elsewhere.png")})
+    kept.unlink()
+    for path in (made(**record), elsewhere):
+        said, _, picture, *_ = page._history.reuse(NEAR, "en", str(path))
+        assert picture == "" and "choose it again" in said
+    page.sessions.forget(NEAR.session_hash)
+
+
+def test_what_is_on_the_right_of_a_comparison(page):
+    compared, left = page._sampling._compared, [(LAND, 1.0), (LAND / "a", 0.5)]
+    other = page._sampling.folders.runs[0] / OTHER
+    assert compared("en", left, "none", None) == [] and compared("en", left, "", None) == left
+    assert compared("en", left, "", 0.2) == [(LAND, 0.2), left[1]]
+    assert compared("en", left, str(other), None) == [(other, None)]
+    for loras, lora in ((left, "none"), ([], "")):
+        with pytest.raises(InputError, match="no LoRA that it could be of"):
+            compared("en", loras, lora, 0.2)
+    with pytest.raises(InputError, match="is not in the folders"):
+        compared("en", left, "/etc", None)
+
+
+def test_choices_that_were_not_offered_are_refused(page):
+    """As gradio does, which lets a missing one pass."""
+    for changes, said in (
+        ({"model": None}, "'None' is no model of this page; its models are toy, "),
+        ({"speed": "../fast"}, "'../fast' is no preset in configs/speed; there are "),
+    ):
+        with pytest.raises(InputError, match=said):
+            page._sampling._request("window", *given(page, **changes))
+
+
+def test_a_comparison_whose_right_side_does_not_fit_leaves_no_folder(page, client):
+    before = sorted(page._sampling.folders.outputs.iterdir())
+    status, *_ = client.predict("en", "", None, "", -1, None, *given(page)[1:], api_name="/compare")
+    assert "args.num_steps is -1" in status
+    assert sorted(page._sampling.folders.outputs.iterdir()) == before
+
+
+def test_a_model_brings_its_settings_and_the_length_of_its_video(page):
+    sampling = page._sampling
+    group, *flat = sampling.use_model("cogvideox_5b_i2v")
+    values = sampling.values_of(flat)
+    assert group["visible"] is True and values["guidance_scale"] == 6 and values["seed"] == gradio.skip(), "it stays"
+    assert "17 frames, 2.1 s" in sampling.length("en", "toy", "", loop=False)["info"]
+    assert "9 frames" in sampling.length("en", "toy", "3", loop=False)["info"]
+    for name, latents in (("huge", 3), ("toy", 0), ("toy", "x")):
+        assert sampling.length("en", name, latents, loop=False)["info"] == "", "sampling says what is wrong"
+
+
+def test_the_language_is_that_of_the_browser_until_another_is_chosen(page):
+    def greeted(cookie, accepted):
+        request = SimpleNamespace(cookies={COOKIE: cookie}, headers={"accept-language": accepted})
+        return page._greet(request)[0], request
+
+    assert greeted("a", "zh-CN,zh")[0] == "zh" and greeted("a", "de, en")[0] == "en"
+    page._speak(greeted("a", "zh")[1], "en")
+    assert greeted("a", "zh")[0] == "en" and greeted("b", "zh")[0] == "zh"
+    assert page._greet(NEAR)[0] == "en", "a client without headers"
+
+
+def test_a_window_without_anything_running_is_left_as_it_is(page):
+    (nothing,) = page._sampling.again(NEAR, "en")
+    assert nothing == (gradio.skip(),) * 4
+
+
+def test_a_taken_port_is_told_with_the_cure(page, monkeypatch):
+    def launch(**_):
+        raise OSError("Cannot find empty port in range: 80-80")
+
+    monkeypatch.setattr(page.blocks, "queue", lambda: SimpleNamespace(launch=launch))
+    with pytest.raises(InputError, match="at 127.0.0.1, port 80: Cannot find empty port.*choose another --port"):
+        page.launch("127.0.0.1", 80)
+
+
 def test_an_upload_is_served_to_nobody(page, client, tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "mine.png")
     _, html = client.predict("en", gradio_client.handle_file(tmp_path / "mine.png"), api_name="/image")
@@ -157,6 +276,84 @@ def test_the_command_line_refuses_what_is_not_there(tmp_path, capsys):
     assert "there is no folder" in capsys.readouterr().err
     assert main.main(["--configs", str(tmp_path), "--outputs", str(tmp_path)]) == 2
     assert "no model file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_the_page_is_served_until_a_signal_and_closed(tmp_path, monkeypatch, capsys, host, warned):
+    calls = []
+
+    class Page:
+        def __init__(self, folders) -> None:
+            calls.append(folders.outputs)
+
+        def launch(self, host, port) -> str:
+            calls.append((host, port))
+            return "http://127.0.0.1:80/"
+
+        def close(self) -> None:
+            calls.append("closed")
+
+    def interrupted(_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sgm.web.page.Page", Page)
+    monkeypatch.setattr(main.threading.Event, "wait", interrupted)
+    assert main.main(["--outputs", str(tmp_path), "--host", host, "--port", "80"]) == 130
+    said = capsys.readouterr().err
+    assert calls == [tmp_path, (host, 80), "closed"] and "open http://127.0.0.1:80/ in a browser" in said
+    assert ("can sample without a password" in said) is warned and "finished videos are kept" in said
+
+
+def test_without_gradio_the_command_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(main.importlib.util, "find_spec", lambda _: None)
+    assert main.main(["--outputs", str(tmp_path)]) == 2 and "pip install -e '.[web]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failure", [None, CancelledError(), RunError("it failed")])
+def test_a_training_is_checked_and_its_command_shown(page, monkeypatch, failure):
+    submitted = []
+
+    def watch(_):
+        yield None
+        if failure is not None:
+            raise failure
+
+    def submit(job):
+        submitted.append(job)
+        (job.folder / jobs.LOG).write_text("4 clips")
+        return job
+
+    monkeypatch.setattr(page._training, "queue", SimpleNamespace(submit=submit, watch=watch, position=lambda _: 1))
+    *states, (status, says, _) = page._training.check(NEAR, "en", "toy_lora", "toy_sft", "assets/toy", "8gb")
+    assert states[1][2]["value"].startswith("python train_video.py --base configs/toy_lora.yaml configs/toy_sft.yaml")
+    assert "configs/memory/8gb.yaml" in states[1][2]["value"] and "Waiting: 1 before" in states[2][0]
+    (job,) = submitted
+    assert "--check" in job.commands[0].words and job.folder.is_dir()
+    job.tidy(job.folder)
+    if failure is None:
+        assert status == "" and says["value"] == "4 clips"
+    else:
+        assert (str(failure) or "Cancelled") in status
+
+
+def test_what_cannot_be_trained_or_watched_is_said(page, monkeypatch):
+    watching, folders = page._training, page._training.folders
+    for choice in (("huge", "toy_sft", ""), ("toy_lora", "huge", ""), ("toy_lora", "toy_sft", "huge")):
+        *_, (status, _, _) = watching.check(NEAR, "en", *choice[:2], "assets/toy", choice[2])
+        assert "is none of" in status
+    assert watching.watch("en", None) == [gradio.skip()] * 6 and watching.samples(NEAR, None, "")[1] == ""
+    (empty := folders.runs[0] / "began").mkdir()
+    state, *plots = watching.watch("en", str(empty))
+    assert "no run yet" in state and {plot["visible"] for plot in plots} == {"hidden"}
+    listed, state, timer = watching.offer("en", None)
+    assert listed["choices"] == [] and "no run yet" in state and timer.active is False
+    (empty / "metrics.jsonl").touch()
+    listed, state, timer = watching.offer("en", None)
+    assert listed["value"] == str(empty) and state == "" and timer.active
+    shutil.rmtree(empty)
+    monkeypatch.setattr(watching, "folders", replace(folders, data=()))
+    *_, (status, _, _) = watching.check(NEAR, "en", "toy_lora", "toy_sft", "assets/toy", "")
+    assert "--data" in status
 
 
 def test_a_run_that_goes_on_is_followed(page):

@@ -1,5 +1,6 @@
 """Commands of the page, what can be chosen on it, and the history."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -151,6 +152,8 @@ def test_a_model_says_how_long_its_videos_are(models):
     for model, latents in ((toy, 5), (wide, 22)):
         looped = model.video_frames(latents, loop=True)
         assert model.latent_frames(looped, loop=True) == latents and looped == {5: 16, 22: 80}[latents]
+    unknown = dataclasses.replace(toy, geometry=None)
+    assert unknown.video_frames(5) is None and unknown.latent_frames(17) is None
     assert toy.video_frames(0) is None and toy.video_frames(1, loop=True) is None
 
 
@@ -257,6 +260,10 @@ def test_uploads_belong_to_their_session(tmp_path):
 
 def test_a_training_is_planned_and_watched(models, tmp_path):
     recipes = trainings.find_recipes(CONFIGS)
+    (tmp_path / "broken.yaml").write_text("data: [")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff")
+    (tmp_path / "mine.yaml").write_text("data: {}")
+    assert [*trainings.find_recipes(tmp_path)] == ["mine"], "the other files are not read by a run either"
     assert {"sft", "toy_sft"} <= recipes.keys() and "inference" not in recipes and "toy" not in recipes
     plan = Training(models["toy_lora"], recipes["toy_sft"], Path("assets/my toy"))
     options = training.parse(plan.words(check=True)[1:])

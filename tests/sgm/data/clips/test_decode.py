@@ -1,5 +1,6 @@
 """sgm.data.clips.decode: metadata of containers, and frames by their times."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sgm.data.clips import decode
-from sgm.data.clips.decode import ClipError, decode_all, probe, read_frames, scan
+from sgm.data.clips.decode import ClipError, decode_all, each_frame, probe, read_frames, scan
 from sgm.data.formats.folder import list_folder
 from sgm.data.formats.registry import list_rows
 from sgm.data.rows import VIDEO_SUFFIXES
@@ -460,6 +461,31 @@ def test_broken_clips_say_what_is_wrong(clip, variant, tmp_path, name, reason):
     with pytest.raises(ClipError, match=reason) as caught:
         scan(path)
     assert str(path) in str(caught.value)
+
+
+def test_frames_that_a_clip_no_longer_has_are_named_and_the_others_read(clip):
+    """As after it was replaced by another file."""
+    scanned = scan(clip)
+    ticks = scanned.ticks.copy()
+    ticks[5] += 1
+    ticks[29] += 1000
+    other = scanned._replace(ticks=ticks)
+    found = list(each_frame(clip, [4, 5, 6, 29], other))
+    assert [isinstance(each, ClipError) for each in found] == [False, True, False, True]
+    assert "its frame at 0.167 s cannot be decoded" in str(found[1]) and "at 0.967 s" in str(found[3])
+    assert np.array_equal([found[0], found[2]], read_frames(clip, [4, 6], scanned))
+    (alone,) = each_frame(clip, [5], other)
+    assert str(alone) == str(found[1])
+    assert read_frames(clip, [], scanned).shape == (0, 64, 96, 3), "none is wanted"
+
+
+def test_a_picture_in_an_archive_that_cannot_be_read_is_a_bad_clip(tmp_path, monkeypatch):
+    def opened(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(decode, "opened", opened)
+    with pytest.raises(ClipError, match="a.png: cannot be read: Input/output error"):
+        decode.read_picture("a.png")
 
 
 def test_damage_inside_is_found_by_decoding(clip, tmp_path):

@@ -299,6 +299,23 @@ def test_empty_lines_belong_to_clips_up_to_the_last_one(end, tmp_path):
     assert "prompts.txt has 1 lines, videos.txt has 2 lines" in refusal(tmp_path)
 
 
+def test_a_list_of_pictures_is_one_of_clips(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    (row,) = dataset(put(tmp_path, prompts__txt="one", images__txt="a.png")).rows
+    assert (row.path.name, row.image, row.problem) == ("a.png", None, None), "not the first frame of itself"
+
+
+def test_what_cannot_be_read_or_is_named_and_missing_is_told(tmp_path):
+    put(tmp_path, prompts__txt="one", videos__txt="a.mp4", controls__txt="x.mp4")
+    (row,) = dataset(tmp_path, control=True).rows
+    assert row.problem == f"its control {tmp_path}/x.mp4 does not exist; {tmp_path}/controls.txt:1 names it"
+    (tmp_path / "prompts.txt").unlink()
+    (tmp_path / "prompts.txt").mkdir()
+    assert f"'{tmp_path}/prompts.txt' cannot be read: it is a folder, not a file" in refusal(
+        tmp_path, format="lines", caption_column="prompts.txt"
+    )
+
+
 def test_archives_are_opened_twice_to_list_them(tmp_path, monkeypatch):
     root, opened = format_files.archives(tmp_path, as_json=True), []
     monkeypatch.setattr(Path, "open", lambda path, *mode: opened.append(path.name) or open(path, *mode))
@@ -327,13 +344,13 @@ def test_faults_in_archives(tmp_path):
     assert "000.tar, 5: holds 2 videos" in text and "000.tar/5.json: is not a JSON object" in text
 
 
-def archive_of(path: Path, **files: str) -> Path:
+def archive_of(path: Path, **files: str | bytes) -> Path:
     """Write an archive; two underscores in a name stand for a dot."""
     with tarfile.open(path, "w") as archive:
         for name, content in files.items():
             entry = tarfile.TarInfo(name.replace("__", "."))
             entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content.encode()))
+            archive.addfile(entry, io.BytesIO(content.encode() if isinstance(content, str) else content))
     return path
 
 
@@ -347,6 +364,7 @@ def archive_of(path: Path, **files: str) -> Path:
         (["d__1/x__v2__1__MOV", "d__1/x__v2__1__Txt"], {}, {"d.1/x.v2.1.MOV": "d__1/x__v2__1__Txt"}),
         (["C:1__mp4", "C:1__txt"], {}, {"C:1.mp4": "C:1__txt"}),
         (["1__txt", "1__left__mp4", "1__right__mp4"], {"video_column": "left.mp4"}, {"1.left.mp4": "1__txt"}),
+        (["1__mp4", "1__txt", "1__b__xml", "__hidden__mp4"], {}, {"1.mp4": "1__txt"}),
         (["1__mp4", "1__txt", "1__b__mp4", "1__b__txt"], {"video_column": "mp4"}, {"1.mp4": "1__txt"}),
         (
             ["1__small__mp4", "1__long__txt"],
@@ -367,6 +385,9 @@ def test_a_member_without_its_caption_is_named_whole(tmp_path):
     assert row.problem is not None and "a.tar, take 1.5x, is empty" in row.problem
     path = archive_of(tmp_path / "a.tar", **{"1__mp4": "", "1__json": "[" * 100_000})
     assert "1.json: is not a JSON object: line 1: nests lists or objects 100,000 deep" in refusal(path)
+    text = refusal(archive_of(tmp_path / "a.tar", **{"1__mp4": "", "1__json": "[1]", "2__mp4": "", "2__txt": b"a\xff"}))
+    assert "1.json: is not a JSON object: [1]; give one with the caption" in text
+    assert "2.txt: is not UTF-8 text (byte 1)" in text
 
 
 @pytest.mark.parametrize("suffix", ["tar.gz", "TGZ", "tar.zst"])
@@ -415,10 +436,22 @@ def test_missing_clips_and_captions_are_problems_of_rows(tmp_path):
         ({"format": "jsonl"}, "metadata.jsonl' does not exist"),
         ({"caption_column": "captoin"}, r"no column 'captoin' \(data.params.caption_column\).*did you mean 'caption'"),
         ({"format": "folder", "caption_column": "x"}, "which has no columns"),
+        ({"path": "metadata.cvs"}, "metadata.cvs' does not exist.*metadata.csv"),
+        (
+            {"path": "metadata.csv", "format": "lines"},
+            "metadata.csv' is a file; data.params.format=lines needs a folder",
+        ),
+        ({"path": "s3://bucket/a.tar", "format": "csv"}, "a URL names tar files; remove data.params.format=csv"),
+        ({"format": "webdataset"}, r"holds no archives \(\*.tar\)"),
+        ({"path": "empty.csv"}, "empty.csv' lists no clips"),
+        ({"path": "empty.tar"}, r"empty.tar' holds no samples; a sample is a video and a caption"),
     ],
 )
 def test_wrong_formats_and_columns(tmp_path, more, said):
-    assert re.search(said, refusal(put(tmp_path, metadata__csv=CSV + "one,a.mp4"), **more))
+    put(tmp_path, metadata__csv=CSV + "one,a.mp4", empty__csv=CSV)
+    archive_of(tmp_path / "empty.tar.part").rename(tmp_path / "empty.tar") if "path" in more else None
+    path = more.pop("path", "")
+    assert re.search(said, refusal(path if "://" in path else tmp_path / path, **more))
 
 
 def test_formats_are_detected(tmp_path):

@@ -118,6 +118,14 @@ def test_what_does_not_fit_is_asked_for_again_and_kept(tmp_path):
     again = enhance(prompts, lambda: pytest.fail("asked again"), Tokenizer(), tmp_path / RECORD, name="m")
     assert [p.text for p in again] == ["mine", "it rains more"]
     enhance(prompts[:1], lambda: Scripted("rain"), Tokenizer(), tmp_path / RECORD, name="another model")
+    kept[1]["enhanced"] = "one two three four five six seven"
+    (tmp_path / RECORD).write_text(json.dumps(kept))
+    again = enhance(prompts, lambda: Scripted("it pours"), Tokenizer(), tmp_path / RECORD, name="m")
+    assert [p.text for p in again] == ["mine", "it pours"], "what does not fit any more is written again"
+    for text, said in (("[", "cannot be read .line 1"), ("{}", "is no list of enhanced prompts")):
+        (tmp_path / RECORD).write_text(text)
+        with pytest.raises(InputError, match=f"{RECORD} {said}"):
+            enhance(prompts, lambda: pytest.fail("asked"), Tokenizer(), tmp_path / RECORD, name="m")
 
 
 def test_what_never_fits_is_refused(tmp_path):

@@ -1,6 +1,9 @@
 import copy
+import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +11,10 @@ import torch
 from torch import nn
 
 import sgm.distributed
-from sgm.training.optim.average import full_ema, keep_average
+from sgm.training.optim.average import evaluation_weights, full_ema, keep_average
+from sgm.training.optim.muon import Muon
 from sgm.training.optim.optimizer import (
+    _has_fused_kernel,
     discard_initial_update,
     group_values,
     kind_of,
@@ -140,9 +145,11 @@ def test_only_float32_weights_are_averaged():
         averaging_adamw([p], ema_decay=0.9).step()
 
 
-def test_a_closure_is_evaluated_once():
-    p = nn.Parameter(torch.ones(2))
-    optimizer = averaging_adamw([p], lr=0.1, ema_decay=0.9)
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, Muon])
+def test_a_closure_is_evaluated_once(cls):
+    p = nn.Parameter(torch.ones(2, 1))
+    optimizer = cls([{"params": [p]}], lr=0.1)
+    keep_average(optimizer, 0.9)
     calls = []
 
     def closure() -> torch.Tensor:
@@ -197,6 +204,35 @@ def test_biases_and_norms_do_not_decay():
     assert decay["lr"] == rest["lr"] == 1e-2 and tuple(decay["betas"]) == (0.9, 0.95)
 
 
+def test_a_device_without_the_fused_kernel_gets_the_plain_one(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("no kernel")
+
+    monkeypatch.setattr("sgm.training.optim.optimizer.adamw", refuse)
+    _has_fused_kernel.cache_clear()
+    assert {group["fused"] for group in make_optimizer(SECTION, network().named_parameters()).param_groups} == {None}
+    _has_fused_kernel.cache_clear()
+
+
+class Momentum(torch.optim.SGD):
+    """An optimizer that passes its settings on."""
+
+    def __init__(self, params, **settings) -> None:
+        super().__init__(params, momentum=0.9, **settings)
+
+
+def test_an_optimizer_that_passes_settings_on_checks_them_itself():
+    section = {"type": f"{__name__}.Momentum", "params": {"lr": 0.1, "nesterov": True}}
+    assert make_optimizer(section, network().named_parameters()).param_groups[0]["nesterov"] is True
+    with pytest.raises(InputError, match="refuses its parameters .*neserov"):
+        make_optimizer({**section, "params": {"neserov": True}}, network().named_parameters())
+
+
+def test_muon_takes_no_group_of_matrices_and_others():
+    with pytest.raises(ValueError, match="matrices only, or none"):
+        Muon([{"params": [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))]}])
+
+
 def test_no_group_is_empty():
     model = nn.Linear(2, 2, bias=False)  # as with LoRA: matrices only
     (group,) = make_optimizer(SECTION, model.named_parameters()).param_groups
@@ -229,16 +265,17 @@ def test_parameters_that_do_not_fit_are_refused(section, ema_decay, message):
 ENGINES = [("fp32", stage) for stage in range(4)] + [("bf16", stage) for stage in range(4)]
 
 
-def start(precision: str, stage: int, **section):
+def start(precision: str, stage: int, optimizer_section=SECTION, **section):
     sgm.distributed.initialize()
     import deepspeed
 
     model = network()
-    optimizer = make_optimizer(SECTION, model.named_parameters(), ema_decay=0.5)
+    zero = {"stage": stage}
+    optimizer = make_optimizer(optimizer_section, model.named_parameters(), ema_decay=0.5, zero=zero)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": precision == "bf16"},
     }
@@ -385,6 +422,37 @@ def test_other_betas_leave_the_average_of_a_schedule_free_optimizer():
     assert torch.allclose(again, p, atol=1e-6)
 
 
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 0), ("bf16", 1)])
+def test_a_schedule_free_optimizer_is_evaluated_at_its_average(precision, stage):
+    """And trained where it was before, bit by bit."""
+    engine = start(precision, stage, LIBRARY["schedule_free"])
+    train(engine, range(3))
+    model = network()
+    reference = make_optimizer(LIBRARY["schedule_free"], model.named_parameters())
+    for step in range(3):
+        model.zero_grad()
+        model(torch.randn(4, 5, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        reference.step()
+    reference.eval()
+    weight, trained = engine.module.inner.weight, engine.module.inner.weight.detach().clone()
+    with evaluation_weights(engine):
+        assert not torch.equal(weight, trained)
+        tolerance = 1e-6 if precision == "fp32" else 1e-2
+        torch.testing.assert_close(weight.float(), model.inner.weight, rtol=0, atol=tolerance)
+    assert torch.equal(weight, trained)
+
+
+def test_prodigy_finds_the_same_rate_with_and_without_zero():
+    """Its sums over all parameters are reduced on the device of the run, which is not CUDA's here."""
+    weights = []
+    for stage in (0, 1):
+        engine = start("fp32", stage, LIBRARY["prodigy"])
+        train(engine, range(3))
+        weights.append(engine.module.inner.weight.detach())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+    assert not torch.allclose(weights[0], network().inner.weight, atol=1e-3)
+
+
 @pytest.mark.thorough
 def test_gradients_accumulated_in_float32_have_an_average_too():
     engine = start("bf16", 1, data_types={"grad_accum_dtype": "fp32"})
@@ -401,6 +469,60 @@ def test_a_state_on_the_cpu_has_an_average_too(stage, expected):
     engine = start("fp32", stage, zero_optimization=offload, zero_force_ds_cpu_optimizer=False)
     train(engine, range(4))
     torch.testing.assert_close(average(engine)["inner.weight"], expected["4"]["inner.weight"], rtol=0, atol=1e-6)
+
+
+def test_a_matrix_across_the_border_of_two_slices_is_updated_whole(monkeypatch):
+    """And goes on from a saved state; two threads are the ranks."""
+    settings, size, met, given = {"lr": 0.1, "weight_decay": 0.1}, 20, Barrier(2, timeout=60), [[], []]
+    whole = [nn.Parameter(torch.randn(shape)) for shape in ((4, 3), (4, 5), (3, 2))]
+    whole_gradients = [[torch.randn_like(p) for p in whole] for _ in range(4)]
+
+    def flat(tensors, rank):
+        return torch.cat([*(each.detach().flatten() for each in tensors), torch.zeros(2)])[rank * size :][:size].clone()
+
+    def reduce(tensor, *, largest=False):
+        given[met.wait()] = tensor.clone()
+        met.wait()
+        tensor.copy_(torch.maximum(*given) if largest else given[0] + given[1])
+        met.wait()
+        return tensor
+
+    def made(rank, values):
+        """Return the optimizer of a rank as ZeRO shows it: with a slice of the vector of all parameters."""
+        own, at = [nn.Parameter(p.detach().clone()) for p in whole], -rank * size
+        optimizer = WholeMatrices([{"params": own}], torch.optim.Muon, settings)
+        for p in own:
+            first, end = max(at, 0), min(at + p.numel(), size)
+            if first < end:
+                places = [SimpleNamespace(start=start, numel=end - first) for start in (first, first - at)]
+                p._hp_mapping = SimpleNamespace(hp_fragment_address=places[0], lp_fragment_address=places[1])
+            at += p.numel()
+        optimizer.param_groups[0]["params"] = [nn.Parameter(values)]
+        return optimizer
+
+    def steps(rank):
+        optimizer = made(rank, flat(whole, rank))
+        for number, each in enumerate(whole_gradients):
+            if number == 2:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = made(rank, optimizer.param_groups[0]["params"][0].detach())
+                optimizer.load_state_dict(saved)
+            (p,) = optimizer.param_groups[0]["params"]
+            p.grad = flat(each, rank)
+            optimizer.step()
+        return p.detach()
+
+    monkeypatch.setattr("torch.distributed.all_reduce", reduce)
+    monkeypatch.setattr(sgm.distributed, "all_reduce_", reduce)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(steps, range(2)))
+    reference = torch.optim.Muon(whole, **settings)
+    for each in whole_gradients:
+        for p, gradient in zip(whole, each, strict=True):
+            p.grad = gradient
+        reference.step()
+    for rank in range(2):
+        torch.testing.assert_close(found[rank], flat(whole, rank))
 
 
 # Optimizers of libraries
@@ -461,8 +583,9 @@ def test_bytes_of_state_per_parameter(name, most):
     assert total / p.numel() <= most
 
 
-def test_eight_bits_of_bitsandbytes_follow_adamw_and_resume_bit_by_bit():
-    """It has kernels for a CPU too; two ranks are left to CUDA."""
+@pytest.mark.parametrize("section", [BITSANDBYTES, LIBRARY["adamw_8bit"]], ids=["bitsandbytes", "torchao"])
+def test_eight_bits_follow_adamw_and_resume_from_a_file_bit_by_bit(section):
+    """bitsandbytes has kernels for a CPU too; two ranks are left to CUDA."""
     start, gradients = torch.randn(128, 64), torch.randn(6, 128, 64)
 
     def made(section, weight):
@@ -474,11 +597,13 @@ def test_eight_bits_of_bitsandbytes_follow_adamw_and_resume_bit_by_bit():
             p.grad = gradients[number]
             optimizer.step()
 
-    p, optimizer = made(BITSANDBYTES, start)
+    p, optimizer = made(section, start)
     steps(p, optimizer, range(3))
-    again, resumed = made(BITSANDBYTES, p.detach())
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    plain, reference = made({**BITSANDBYTES, "type": "AdamW"}, start)
+    again, resumed = made(section, p.detach())
+    torch.save(optimizer.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    plain, reference = made({**section, "type": "AdamW"}, start)
     steps(plain, reference, range(6))
     for each in ((p, optimizer), (again, resumed)):
         steps(*each, range(3, 6))

@@ -189,6 +189,10 @@ def test_other_settings_go_with_them(config, how):
         ({"path": "sat", "strength": {"0-2": 1, "1": 2}}, "names layer 1 again"),
         ({"path": "sat", "schedule": [[0.5, 1], [0, 1]]}, "args.loras.0.schedule.*shares ascending"),
         ({"path": "sat", "words": ["args.load=other"]}, "was trained on another base than .*other.*args.load"),
+        (
+            {"path": "a", "words": ["args.load=both"]},
+            "args.load.*holds a network with adapters.*merge them first: tools",
+        ),
         ({"path": "a", "words": ["args.load=sat"]}, "args.load.*holds adapters itself.*set args.load=.*base, and add"),
     ],
 )
@@ -200,9 +204,21 @@ def test_what_does_not_fit_is_refused_by_name(config, files, entry, said):
     other = torch.load(find_weights(files / "base"), weights_only=True)
     other["module"]["model.diffusion_model.time_embed.0.bias"] += 1
     torch.save(other, files / "other")
+    adapters = torch.load(find_weights(files / "sat"), weights_only=True)
+    torch.save({"module": {**other["module"], **adapters["module"]}}, files / "both")
     words = [word.replace("=", f"={files}/") for word in entry.pop("words", ())]
     with pytest.raises(ConfigError, match=rf"(?s){said}"):
         with_loras(config(entry, words=words))
+
+
+def test_what_does_not_fit_together_is_refused(config):
+    own = "model.network_config.params.modules.lora_config={target: sat.model.finetune.lora2.LoraMixin, params: {r: 3}}"
+    with pytest.raises(ConfigError, match=r"(?s)lora_config.*is given beside args.loras.*without _lora"):
+        with_loras(config({"path": "a"}, words=[own]))
+    with pytest.raises(ConfigError, match=r"have 36 ranks together, more than the hidden size 32(?s:.)*merge some"):
+        with_loras(config(*[{"path": "a"}] * 9))
+    missing = with_loras(config({"path": "a"}, words=["args.load=nowhere"]))
+    assert "lora_config" in missing.model["network_config"]["params"]["modules"], "its loading says what is wrong"
 
 
 def test_an_exported_lora_is_refused_on_another_base_unless_asked_for(config, files, tmp_path):
