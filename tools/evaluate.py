@@ -54,6 +54,7 @@ class Video:
         asked: the prompt as the user wrote it, where a language model has rewritten it.
         reference: the file that it should be like, or None.
         figures: what was measured.
+        fault: why nothing was, or None.
     """
 
     method: str
@@ -64,6 +65,7 @@ class Video:
     asked: str | None = None
     reference: Path | None = None
     figures: dict[str, float | None] = field(default_factory=dict)
+    fault: str | None = None
 
 
 def files_in(folder: Path) -> dict[str, Path]:
@@ -214,17 +216,29 @@ def frames_of(path: Path) -> np.ndarray:
 
 def measure(
     videos: Sequence[Video], clip: measures.Clip | None, lpips: measures.Lpips | None, device: torch.device
-) -> None:
-    """Fill in the figures of all videos."""
+) -> list[Video]:
+    """Fill in the figures of all videos; return those that cannot be decoded, with the fault of each.
+
+    `check` reads metadata alone: damaged frames are found here, hours later, and must not cost the figures of others.
+    """
+    damaged = []
     for video in bar(videos, "videos", leave=True):
-        frames = frames_of(video.path)
-        if video.reference is not None:
-            video.figures |= measures.fidelity(frames, frames_of(video.reference), lpips, device=device)
+        try:
+            frames = frames_of(video.path)
+            reference = None if video.reference is None else frames_of(video.reference)
+        except InputError as error:
+            video.fault = str(error)
+            damaged.append(video)
+            logger.error("%s", error)
+            continue
+        if reference is not None:
+            video.figures |= measures.fidelity(frames, reference, lpips, device=device)
         if clip is not None:
             assert video.prompt is not None
             video.figures["clip"] = clip(frames, video.prompt)
         video.figures["smoothness"] = measures.smoothness(frames)
         video.figures["flicker"] = measures.flicker(frames)
+    return damaged
 
 
 @dataclass
@@ -279,8 +293,9 @@ def table(videos: Sequence[Video]) -> str:
     return "\n".join(lines)
 
 
-def report(videos: Sequence[Video]) -> dict:
-    """Return all figures, for the JSON file."""
+def report(videos: Sequence[Video], damaged: Sequence[Video] = ()) -> dict:
+    """Return all figures, for the JSON file, and the videos that were left out of them."""
+    left_out = [{"method": video.method, "file": str(video.path), "reason": video.fault} for video in damaged]
     return {
         "measures": {
             name: {"better": MEASURES[name].better, "definition": MEASURES[name].meaning} for name in used(videos)
@@ -302,6 +317,7 @@ def report(videos: Sequence[Video]) -> dict:
             }
             for video in videos
         ],
+        **({"left_out": left_out} if left_out else {}),
     }
 
 
@@ -350,7 +366,11 @@ def write_vbench(names: Sequence[tuple[Video, str]], folder: Path) -> None:
 
 
 def work(options: argparse.Namespace) -> None:
-    """Check, measure, and write the results."""
+    """Check, measure, and write the results.
+
+    Raises:
+        InputError: wrong input; or some videos cannot be decoded, and the results are those of the others.
+    """
     if options.out.suffix != ".json":
         raise InputError(f"--out {options.out}: name a .json file; the table goes into the .md file beside it")
     if options.lpips is not None and options.reference is None:
@@ -377,14 +397,24 @@ def work(options: argparse.Namespace) -> None:
         clip = measures.Clip(options.clip, device)
         if cut := sum(clip.cuts(video.prompt or "") for video in videos):
             logger.warning("the prompts of %d of %d videos are longer than CLIP reads, and are cut", cut, len(videos))
-    measure(videos, clip, lpips, device)
-    write_json(options.out, report(videos))
-    rows = table(videos)
+    damaged = measure(videos, clip, lpips, device)
+    cure = "sample or copy them again, and repeat the command"
+    if len(damaged) == len(videos):
+        raise InputError(f"{damaged[0].fault}; no video can be decoded: {cure}")
+    measured = [video for video in videos if video.fault is None]
+    write_json(options.out, report(measured, damaged))
+    rows = table(measured)
     with atomic_file(rows_file) as temporary:
         temporary.write_text(f"{rows}\n", encoding="utf-8")
     if options.vbench is not None:
         write_vbench(renamed, options.vbench)
     sys.stdout.write(f"{rows}\n")
+    if damaged:
+        said = (
+            f"{len(damaged)} of {len(videos)} videos cannot be decoded and are left out of {options.out}; {cure}:\n  "
+        )
+        more = f"\n  and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
+        raise InputError(said + "\n  ".join(str(video.fault) for video in damaged[:SHOWN]) + more)
 
 
 def main(argv: list[str] | None = None) -> int:

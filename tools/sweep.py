@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from sgm.cli import add_trust, run_command, tool_parser
-from sgm.io import atomic_file, content_digest, parse_json, reason_of, require_writable, write_json
+from sgm.io import atomic_file, content_digest, lock_folder, parse_json, reason_of, require_writable, write_json
 from sgm.log import get_logger
 from sgm.project import SOURCES
 from sgm.util import InputError, RunError, default
@@ -523,9 +523,15 @@ def work(options: argparse.Namespace) -> None:
     if options.list:
         sys.stdout.write("".join(f"{run.name}: {run.state}\n" for run in runs))
         return
+    options.out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(options.out, cure="give another --out")
     skipped = [run.name for run in runs if run.state != "waiting"]
     logger.info("%d runs in %s; %d are done already", len(runs), options.out, len(skipped))
-    compute(runs, options)
+    try:
+        compute(runs, options)
+    finally:
+        if lock is not None:
+            lock.close()
     rows = [row(run) for run in runs]
     with atomic_file(options.out / "table.md") as temporary:
         temporary.write_text(table(rows), encoding="utf-8")

@@ -44,11 +44,11 @@ def inside(path: str | Path, folders: Sequence[Path]) -> Path:
     """Return a path that a browser has sent, if it is one of `folders` or in one of them, links followed.
 
     Raises:
-        InputError: it is elsewhere, or does not exist.
+        InputError: it is elsewhere, does not exist, or is no text.
     """
     try:
         found = Path(path).resolve(strict=True)
-    except (OSError, ValueError, RuntimeError):  # no file, a null byte, links in circles
+    except (OSError, ValueError, RuntimeError, TypeError):  # no file, a null byte, links in circles, no text
         found = None
     if found is None or not any(found.is_relative_to(folder.resolve()) for folder in folders):
         shown = ", ".join(map(str, folders)) or "none"

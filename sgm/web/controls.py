@@ -135,7 +135,9 @@ def _typed(control: Control, value: Any) -> Any:
     if control.kind == "pair":
         numbers = [number(entry) for entry in value or ()]
         return None if all(entry is None for entry in numbers) else numbers
-    if control.kind in ("text", "choice"):
+    if control.kind == "text":
+        return value if value is not None and not (isinstance(value, str) and not value.strip()) else None
+    if control.kind == "choice":
         text = str(value).lower() if isinstance(value, bool) else str(value or "")
         return _WORDS.get(text, text) if text.strip() else None
     return value if control.kind == "switch" else number(value)

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from sgm.io import reason_of
 from sgm.util import InputError, RunError, default
 from sgm.web import videos
 from sgm.web.browsers import owner_of
@@ -236,10 +237,10 @@ class SampleTab:
         try:
             for one in asked(str(request.session_hash)):
                 commands.append(one.command(self.folders.outputs, owner))
-        except InputError as error:
+        except (InputError, RunError) as error:
             for command in commands:
                 videos.discard_if_empty(command.folder)
-            yield failed(language, error, wrong_input=True), gr.skip(), gr.skip(), ""
+            yield failed(language, error, wrong_input=isinstance(error, InputError)), gr.skip(), gr.skip(), ""
             return
         job = self.queue.submit(Job(owner, commands, videos.discard_if_empty))
         yield from self._watch(request, language, job)
@@ -275,8 +276,14 @@ class SampleTab:
 
     def _made(self, request: gr.Request, language: str, job: Job, part: int) -> tuple[Any, ...]:
         """Show the video of a command that has ended."""
-        path = videos.finished(job.commands[part].folder)[0].path
-        video = gr.update(value=self.sessions.shown(str(request.session_hash), path), visible=True)
+        try:
+            path = videos.finished(job.commands[part].folder)[0].path
+            shown = self.sessions.shown(str(request.session_hash), path)
+        except (OSError, LookupError) as error:  # somebody has removed the folder; no place for a copy
+            reason = reason_of(error) if isinstance(error, OSError) else "it is gone"
+            said = RunError(f"the video in {job.commands[part].folder} cannot be shown: {reason}")
+            return failed(language, said, wrong_input=False), gr.skip(), gr.skip(), job.log()
+        video = gr.update(value=shown, visible=True)
         places = (video, gr.skip()) if part == 0 else (gr.skip(), video)
         return plain(say(language, "state.done", path=path)), *places, job.log()
 
@@ -371,8 +378,10 @@ class SampleTab:
             return ""
         return say(language, "length", frames=frames, seconds=f"{frames / model.fps:.1f}")
 
-    def take_image(self, request: gr.Request, language: str, upload: str) -> tuple[Any, str]:
+    def take_image(self, request: gr.Request, language: str, upload: str | None) -> tuple[Any, str]:
         """Keep an upload for its window; show it small."""
+        if not upload:
+            return gr.update(value=None), ""
         try:
             path = self.sessions.take(str(request.session_hash), upload)
         except InputError as error:

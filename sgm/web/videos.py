@@ -14,8 +14,8 @@ import yaml
 from sgm.config.yaml_files import override, override_value
 from sgm.inference.record import RESULT_ARGS
 from sgm.inference.results import read_record
-from sgm.io import refusing_denied
-from sgm.util import default
+from sgm.io import reason_of, require_writable
+from sgm.util import RunError, default
 from sgm.web.choices import Folders, Model, newest_first, presets
 from sgm.web.controls import CONTROLS, STRENGTH, fits, loras_override, overrides
 from sgm.web.jobs import PREVIEW, Command
@@ -68,15 +68,21 @@ class Request:
 
         Raises:
             InputError: a value does not fit, or `outputs` is not writable.
+            RunError: the folder cannot be filled: the disk is full, or the image is gone.
         """
         folder = outputs / f"{time.strftime('%Y-%m-%d-%H-%M-%S')}-{secrets.token_hex(2)}"
         kept = None if self.image is None else folder / self.image.name
         words = dataclasses.replace(self, image=kept).words(folder)
-        with refusing_denied():
+        require_writable(folder)
+        try:
             folder.mkdir(parents=True)
             (folder / OWNER).write_text(owner, encoding="utf-8")
             if kept is not None:
                 shutil.copyfile(str(self.image), kept)
+        except OSError as error:
+            discard_if_empty(folder)
+            what = error.filename or folder
+            raise RunError(f"a video cannot be prepared in {folder}: {what}: {reason_of(error)}") from error
         return Command(words, folder)
 
 

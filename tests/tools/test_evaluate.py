@@ -210,6 +210,29 @@ def test_what_is_refused(words, message, evaluated, folders):
     assert code == 2 and message in said, said
 
 
+def test_a_damaged_video_costs_no_figure_of_another(evaluated, folders, tmp_path, monkeypatch):
+    read = evaluate.read_frames
+    unreadable = set()
+
+    def damaged(path, *given):
+        if path.parent.parent.name in unreadable:
+            raise evaluate.ClipError(path, "frame 3 cannot be decoded")
+        return read(path, *given)
+
+    monkeypatch.setattr(evaluate, "read_frames", damaged)
+    whole = evaluated("@b")[1]["videos"]
+    assert "left_out" not in evaluated("@b")[1]
+    unreadable |= {"0_red car"}
+    code, found, said = evaluated("@b")
+    assert code == 2 and "1 of 2 videos cannot be decoded and are left out of" in said, said
+    assert found["videos"] == [whole[1]] == [video for video in whole if "blue" in video["file"]]
+    ((left),) = found["left_out"]
+    assert left["file"] == whole[0]["file"] and "frame 3 cannot be decoded" in left["reason"]
+    unreadable |= {"1_blue car"}
+    assert "no video can be decoded" in evaluated("@b")[2]
+    assert json.loads((tmp_path / "out.json").read_text()) == found, "what was measured stays"
+
+
 def test_files_of_others_are_not_replaced(folders, tmp_path, capsys):
     mine = {"notes.md": "mine", "metadata.json": '[{"caption": "x"}]'}
     for name, text in mine.items():

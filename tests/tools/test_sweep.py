@@ -143,6 +143,23 @@ def test_an_interrupted_sweep_ends_its_processes(trainings, tmp_path, monkeypatc
     assert json.loads((tmp_path / "out/lr=0.1/sweep.json").read_text())["state"] == "waiting"
 
 
+def test_a_second_sweep_in_the_same_folder_is_refused(trainings, tmp_path, capsys):
+    started, process = trainings
+    words, codes = grid("0.1", "0.2"), []
+    begin = process.__init__
+
+    def twice(*given, **more):
+        begin(*given, **more)
+        if not codes:
+            codes.append(None)
+            codes.append(run(tmp_path, *words))
+
+    process.__init__ = twice
+    assert run(tmp_path, *words) == 0 and codes[1] == 2 and len(started) == 2
+    assert "is in use by process" in capsys.readouterr().err
+    assert run(tmp_path, *words, "--list") == 0
+
+
 def test_runs_share_devices(trainings, tmp_path):
     started, _ = trainings
     assert run(tmp_path, *grid("0.1", "0.2", "0.3"), "--devices", "4", "7", "args.seed=7") == 0

@@ -16,7 +16,7 @@ import torch
 
 from sgm.config.args import SamplingArgs
 from sgm.config.load import Config
-from sgm.inference.language.models import CHAT, ChatModel, Endpoint, Message, Writer, read_folder
+from sgm.inference.language.models import CHAT, ChatModel, Cut, Endpoint, Message, Writer, read_folder
 from sgm.inference.prompts import IMAGE_SEPARATOR, Prompt
 from sgm.io import parse_json, reason_of, write_json
 from sgm.log import control_characters, get_logger
@@ -29,6 +29,7 @@ MAX_NEW_TOKENS = 1024  # of an answer and its thoughts
 # Of these, English sentences have every fifth or sixth word; other languages, none that matter.
 ENGLISH = frozenset("the of and with its is are from at by as to their his her while".split())
 FEWEST_WORDS, FEWEST_ENGLISH = 15, 0.03  # a shorter text says too little of its language; share of its words
+LONGER = "allow more tokens (args.prompt_enhancer_tokens or --max_new_tokens; of an endpoint, its own limit)"
 WORDS = (120, 90, 60)  # asked for, one attempt after the other
 
 INSTRUCTION = """\
@@ -168,8 +169,9 @@ def language_fault(text: str) -> str | None:
 
 def answer_text(answer: str) -> str:
     """Return the paragraph of an answer: without thoughts, line breaks, quotation marks and labels around it."""
-    answer = answer.rpartition("</think>")[2]  # templates may open the thoughts themselves
-    answer = answer.partition("<think>")[0]  # thoughts that never ended
+    # Templates may open the thoughts themselves.
+    answer = re.split(r"</think(?:ing)?>", answer, flags=re.IGNORECASE)[-1]
+    answer = re.split(r"<think(?:ing)?>", answer, flags=re.IGNORECASE)[0]  # thoughts that never ended
     answer = answer.replace(IMAGE_SEPARATOR, " ")  # it would separate an image
     text = " ".join("".join(" " if control_characters(c) else c for c in answer).split())
     text = re.sub(r"^(?:\W*(?:paragraph|prompt)\W*:\W*\s)", "", text, flags=re.IGNORECASE)
@@ -177,7 +179,7 @@ def answer_text(answer: str) -> str:
 
 
 def _enhance_one(prompt: Prompt, writer: Writer, conditioner: Any) -> str:
-    """Ask until a text fits.
+    """Ask until a text fits; one that breaks off is taken at the last attempt, with a warning.
 
     Raises:
         InputError: none of the attempts does.
@@ -186,17 +188,26 @@ def _enhance_one(prompt: Prompt, writer: Writer, conditioner: Any) -> str:
     # One message of the user's: several chat templates know no system.
     asked = INSTRUCTION.format(words=WORDS[0], picture=picture, text=prompt.text)
     messages: list[Message] = [{"role": "user", "content": asked}]
-    text, fault = "", None
+    text, fault, is_cut = "", None, False
     for words in (*WORDS[1:], None):
-        text = answer_text(writer.answer(messages))
+        answer = writer.answer(messages)
+        text = answer_text(answer)
         fault = fault_of(text, conditioner) or language_fault(text)
-        if fault is None:
+        is_cut = isinstance(answer, Cut)
+        if fault is None and is_cut and words is None:
+            log.warning(
+                "prompt %d: what %s wrote breaks off at the longest answer; %s", prompt.index, writer.name, LONGER
+            )
+        if fault is None and not (is_cut and words is not None):
             return text
+        if is_cut:
+            fault = f"it breaks off at the longest answer{'' if fault is None else f', and {fault}'}"
         again = AGAIN.format(fault=fault, words=words)
         messages = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": again}]
     raise InputError(
         f"prompt {prompt.index} ('{prompt.text[:60]}'): {writer.name} wrote no usable prompt in {len(WORDS)} attempts; "
-        f"the last: {fault} ('{text[:120]}'); try a larger language model, or write the prompt in English yourself"
+        f"the last: {fault} ('{text[:120]}'); {f'{LONGER}, ' if is_cut else ''}try a larger language model, or write "
+        "the prompt in English yourself"
     )
 
 

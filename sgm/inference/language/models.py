@@ -25,13 +25,17 @@ _RETRIED = (429, 502, 503, 504)  # the endpoint is busy
 _BACKOFF, _LONGEST_WAIT = 1.0, 60.0  # seconds between attempts: a factor; of what the endpoint asks for
 
 
+class Cut(str):
+    """An answer that breaks off, since it reached the longest length."""
+
+
 class Writer(Protocol):
     """What answers a chat, and the name that records give it."""
 
     name: str
 
     def answer(self, messages: Sequence[Message]) -> str:
-        """Return the answer to a chat, as the model wrote it."""
+        """Return the answer to a chat, as the model wrote it; as `Cut` if it breaks off."""
         ...
 
 
@@ -161,7 +165,13 @@ class ChatModel:
         ids = self._model.generate(
             **inputs, max_new_tokens=self._max_new_tokens, do_sample=False, num_beams=1, **sampling
         )
-        return self._tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        written = ids[0, inputs["input_ids"].shape[1] :]
+        ends = self._model.generation_config.eos_token_id
+        ended = len(written) < self._max_new_tokens or written[-1].item() in (
+            ends if isinstance(ends, list) else [ends]
+        )
+        text = self._tokenizer.decode(written, skip_special_tokens=True)
+        return text if ended else Cut(text)
 
 
 class Endpoint:
@@ -232,12 +242,13 @@ class Endpoint:
                 "address that was given on the command line)"
             )
         try:
-            content = parse_json(response.content)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
+            choice = parse_json(response.content)["choices"][0]
+            content, is_cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise RunError(f"the endpoint {self._url} answers without choices[0].message.content") from error
         if not isinstance(content, str | None):
             raise RunError(f"the endpoint {self._url} answers with something else than text")
-        return content or ""
+        return Cut(content or "") if is_cut else content or ""
 
     def _authorize(self, request: Any) -> Any:
         if self._key:
@@ -247,6 +258,8 @@ class Endpoint:
 
 def _network_reason(error: BaseException) -> str:
     """Return what the system said about a failed connection; libraries wrap it in their own errors."""
+    if "read timed out" in str(error).lower():  # libraries tell it as one of many attempts
+        return f"no answer within {_TIMEOUT[1]} seconds"
     return _said_by_system(error) or str(error)
 
 

@@ -7,6 +7,7 @@ install chromium`, or any other that the environment variable CHROMIUM names. Sc
 import json
 import os
 import shutil
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -297,6 +298,7 @@ def test_the_page_is_served_until_a_signal_and_closed(tmp_path, monkeypatch, cap
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sgm.web.page.Page", Page)
+    monkeypatch.setattr(main, "free_port", lambda _, port: port)
     monkeypatch.setattr(main.threading.Event, "wait", interrupted)
     assert main.main(["--outputs", str(tmp_path), "--host", host, "--port", "80"]) == 130
     said = capsys.readouterr().err
@@ -354,6 +356,25 @@ def test_what_cannot_be_trained_or_watched_is_said(page, monkeypatch):
     monkeypatch.setattr(watching, "folders", replace(folders, data=()))
     *_, (status, _, _) = watching.check(NEAR, "en", "toy_lora", "toy_sft", "assets/toy", "")
     assert "--data" in status
+
+
+def test_an_address_that_cannot_be_had_is_told_at_once(capsys):
+    elsewhere = ".".join(("192", "0", "2", "1"))  # reserved for examples
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        asked = [["--port", str(port)], ["--port", "0"], ["--port", "70000"], ["--host", elsewhere], ["--host", ""]]
+        said = [(main.main(words), capsys.readouterr().err) for words in asked]
+        assert main.free_port("127.0.0.1", None) in main.PORTS
+    assert [code for code, _ in said] == [2] * len(asked)
+    assert f"port {port}: Address already in use; choose another --port" in said[0][1]
+    assert all("give a number from 1 to 65535" in text for _, text in said[1:3])
+    assert all("give an address of this machine" in text for _, text in said[3:])
+
+
+def test_a_video_that_is_gone_when_it_is_shown_is_told(page, tmp_path):
+    job = SimpleNamespace(commands=[SimpleNamespace(folder=tmp_path)], log=lambda: "all of it")
+    status, *_, log = page._sampling._made(SimpleNamespace(session_hash="a"), "en", job, 0)
+    assert f"the video in {tmp_path} cannot be shown: it is gone" in status and log == "all of it"
 
 
 def test_a_run_that_goes_on_is_followed(page):

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from sgm.config.load import load_config
 from sgm.training import main as training
-from sgm.util import InputError
+from sgm.util import InputError, RunError
 from sgm.web import trainings, videos
 from sgm.web.choices import LATEST, Folders, find_folders, find_loras, find_models, find_trained, inside, presets
+from sgm.web.controls import overrides
 from sgm.web.sessions import Sessions, thumbnail
 from sgm.web.trainings import Training
 from sgm.web.videos import Request, belongs
@@ -69,6 +70,14 @@ def test_a_control_that_was_not_touched_leaves_what_a_preset_says(models, tmp_pa
     words = Request(models["toy"], values, presets=[presets(CONFIGS, "memory")["8gb"]]).words(tmp_path)
     assert not [word for word in words if word.startswith(("args.vae_tiling", "args.compile", "args.loop"))]
     assert load_config(words[2:4], words[4:], mode="inference").args.vae_tiling == "large"
+
+
+@pytest.mark.parametrize("value", [5, True, ["x"], {"a": 1}])
+def test_what_is_no_text_is_no_path_and_no_prompt(tmp_path, value):
+    with pytest.raises(InputError, match="is not in the folders of this page"):
+        inside(value, [tmp_path])
+    with pytest.raises(InputError, match="args.prompt is .*; give text"):
+        overrides({"prompt": value})
 
 
 @pytest.mark.parametrize("path", ["", "..", "../outside", "link", "none", "a\0b", "/etc"])
@@ -189,7 +198,11 @@ def test_a_video_belongs_to_its_browser(models, tmp_path):
     assert not belongs(inner / mine.relative_to(command.folder), outputs, "you", near=True)
     with pytest.raises(InputError, match=r"args.num_steps is 0"):
         Request(models["toy"], {"prompt": "a", "num_steps": 0}).command(outputs, "me")
+    with pytest.raises(RunError, match=r"cannot be prepared in .*gone.png: No such file"):
+        Request(models["toy_i2v"], {"prompt": "a"}, image=tmp_path / "gone.png").command(outputs, "me")
     assert len([*outputs.iterdir()]) == 3, "what is refused leaves no folder"
+    with pytest.raises(InputError, match=r"mine.png is a file; choose another folder"):
+        Request(models["toy"], {"prompt": "a"}).command(tmp_path / "mine.png", "me")
 
 
 @pytest.mark.parametrize("strength", [101, "much", True])

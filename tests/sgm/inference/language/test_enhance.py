@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,7 +18,7 @@ from sgm.config.args import SamplingArgs, TrainingArgs
 from sgm.config.load import ConfigError, load_config
 from sgm.inference.language import models
 from sgm.inference.language.enhance import RECORD, answer_text, enhance, enhanced, language_fault, make_writer
-from sgm.inference.language.models import ENDPOINT_KEY, ChatModel, Endpoint
+from sgm.inference.language.models import ENDPOINT_KEY, ChatModel, Cut, Endpoint
 from sgm.inference.main import main
 from sgm.inference.prompts import Prompt
 from sgm.modules.encoders.t5_folder import UnknownText
@@ -89,6 +90,7 @@ class Tokenizer:
         ("<think>a cat? yes.</think>\n A cat\nsleeps. ", "A cat sleeps."),
         ("the template opened this</think>A cat.", "A cat."),
         ("<think>never ends", ""),
+        ("<Thinking>a cat?</Thinking> A cat.<THINKING>or", "A cat."),
         ('**Paragraph:** "A cat."', "A cat."),
         ("A cat@@dog.png", "A cat dog.png"),
         ("A\u202e cat\x00", "A cat"),
@@ -170,6 +172,32 @@ def test_a_folder_that_cannot_chat_ends_with_2(tiny_model, chat_model, tmp_path,
         model.answer([{"role": "system", "content": "a"}])
 
 
+def test_an_answer_that_breaks_off_is_asked_for_again(tmp_path, capfd):
+    writer = Scripted(Cut("a cat sleeps on the"), "a cat sleeps")
+    (given,) = enhance([Prompt(0, "x")], lambda: writer, Tokenizer(), tmp_path / "a.json", name="m")
+    assert given.text == "a cat sleeps" and "it breaks off at the longest answer" in writer.chats[1][-1]["content"]
+    (given,) = enhance(
+        [Prompt(0, "x")], lambda: Scripted(*[Cut("a cat")] * 3), Tokenizer(), tmp_path / "b.json", name="m"
+    )
+    assert given.text == "a cat" and "breaks off at the longest answer; allow more tokens" in capfd.readouterr().err
+    thinks = Scripted(*[Cut("<think>so")] * 3)
+    with pytest.raises(
+        InputError, match="breaks off at the longest answer, and the answer is empty.*allow more tokens"
+    ):
+        enhance([Prompt(0, "x")], lambda: thinks, Tokenizer(), tmp_path / "c.json", name="m")
+
+
+def test_a_model_says_whether_its_answer_breaks_off(chat_model):
+    writer = ChatModel(chat_model, device=torch.device("cpu"), max_new_tokens=2)
+    messages = [{"role": "user", "content": "a"}]
+    assert isinstance(writer.answer(messages), Cut)
+    second = writer._model.generate
+    writer._model.generate = lambda **given: torch.nn.functional.pad(
+        second(**given)[:, :-1], (0, 1), value=writer._model.generation_config.eos_token_id
+    )
+    assert not isinstance(writer.answer(messages), Cut), "it has ended at its last token"
+
+
 def test_training_refuses_it():
     args = TrainingArgs(prompt_enhancer="http://127.0.0.1:1/v1", prompt_enhancer_model="m", load="x")
     assert [name for name, *_ in args.problems()][:2] == ["prompt_enhancer", "prompt_enhancer_model"]
@@ -184,6 +212,8 @@ class Stub(BaseHTTPRequestHandler):
         status, content = {
             "m": (200, {"choices": [{"message": {"content": "<think>hm</think>a e"}}]}),
             "odd": (200, {"choices": []}),
+            "cut": (200, {"choices": [{"message": {"content": "a e"}, "finish_reason": "length"}]}),
+            "listed": (200, {"choices": [["a e"]]}),
             "parts": (200, {"choices": [{"message": {"content": [{"type": "text", "text": "a e"}]}}]}),
             "deep": (200, b"[" * 100_000),
             "once": (429 if len(self.server.asked) == 1 else 200, {"choices": [{"message": {"content": "a e"}}]}),
@@ -256,6 +286,18 @@ def test_what_an_endpoint_says_wrong_is_reported(endpoint):
             Endpoint(wrong, "m", with_key=False)
     assert "/v1/chat/completions cannot be reached: Connection refused; start it" in _unreachable()
     assert [path for path, *_ in endpoint.asked] == ["/v1/chat/completions"] * 5
+
+
+def test_an_endpoint_that_breaks_off_or_never_answers_is_told(endpoint, monkeypatch):
+    url = f"http://127.0.0.1:{endpoint.server_port}/v1"
+    assert isinstance(Endpoint(url, "cut", with_key=False).answer([]), Cut)
+    assert not isinstance(Endpoint(url, "m", with_key=False).answer([]), Cut)
+    with pytest.raises(RunError, match="without choices"):
+        Endpoint(url, "listed", with_key=False).answer([])
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(models, "_TIMEOUT", (1, 0.05))
+        with pytest.raises(RunError, match=r"cannot be reached: no answer within 0.05 seconds; start it"):
+            Endpoint(f"http://127.0.0.1:{silent.getsockname()[1]}/v1", "m", with_key=False).answer([])
 
 
 def test_a_busy_endpoint_is_asked_again(endpoint, monkeypatch):
