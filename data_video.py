@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -80,6 +80,8 @@ class SFTDataset:
     Raises:
         InputError: a parameter is invalid, or the data set is malformed.
     """
+
+    TEXTS: ClassVar[tuple[str, ...]] = ("txt",)  # entries of a sample that a text encoder may read
 
     def __init__(
         self,

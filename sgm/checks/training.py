@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from sgm.checks.sampling import params_of, takes_control
 from sgm.checks.sampling_plan import scaling_problems, size_problems, with_scaling
@@ -33,7 +33,8 @@ def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
     Returns:
         Illegal values, with the nearest legal ones.
     """
-    signature = inspect.signature(get_obj_from_str(config.data["target"]))
+    cls = get_obj_from_str(config.data["target"])
+    signature = inspect.signature(cls)
     defaults = {name: entry.default for name, entry in signature.parameters.items() if entry.default is not entry.empty}
     params = defaults | (config.data.get("params") or {})
     problems = _frame_problems(params.get("max_num_frames"), geometry)
@@ -41,11 +42,22 @@ def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
     problems += size_problems(f"{_DATA}.video_size", params.get("video_size"), geometry)
     problems += _control_problems(config, "control" in signature.parameters, geometry)
     problems += mask_problems(config)
+    problems += _text_problems(config, getattr(cls, "TEXTS", None))
     try:
         fitted_buckets(config, geometry)
     except ConfigError as error:
         problems += error.problems
     return problems
+
+
+def _text_problems(config: Config, texts: Collection[str] | None) -> Iterator[Problem]:
+    """Yield input keys of text encoders that samples do not have; None if the data set does not say its texts."""
+    for index, embedder in enumerate(params_of(config.model.get("conditioner_config")).get("emb_models") or []):
+        name = "input_key" if "input_key" in embedder else "input_keys"
+        keys = [embedder[name]] if name == "input_key" else embedder.get(name) or []
+        if texts is not None and (unknown := [key for key in keys if key not in texts]):
+            path = f"model.conditioner_config.params.emb_models.{index}.{name}"
+            yield Problem(path, "", f"is {unknown[0]}, which no clip has", f"give {' or '.join(texts)}, the caption")
 
 
 def takes_pairs(config: Config) -> bool:

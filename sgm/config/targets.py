@@ -139,7 +139,7 @@ def _check_section(
             home = place_of(str(name), dotted((*path, name))) if path == ("data",) else None
             place, cure = (f"; this belongs to {home}", home) if home else ("", "under params:")
             merged.add((*path, name), found + place, f"move it there: {cure}, or write one of: {', '.join(keys)}")
-    params = section.get("params") or {}
+    params = {} if section.get("params") is None else section["params"]
     if not isinstance(params, Mapping):
         merged.add((*path, "params"), f"is {spelled(params)}", "write the parameters as indented keys")
         return

@@ -55,7 +55,7 @@ def training_inputs(
     samples, rejected = [], []
     with conditioner.keep_loaded():  # each generator draws first whether its text is dropped
         conds = [
-            dict(conditioner({key: [batch[key][i]] for key in engine.text_keys}, generator=generator))
+            dict(conditioner({key: [batch[key][i]] for key in engine.text_keys if key in batch}, generator=generator))
             for i, generator in enumerate(generators)
         ]
     for i, (generator, cond) in enumerate(zip(generators, conds, strict=True)):

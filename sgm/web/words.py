@@ -100,7 +100,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "state.done": ("Done: {path}", "完成：{path}"),
     "state.cancelled": ("Cancelled.", "已取消。"),
     "state.nothing": ("There is nothing to cancel.", "没有可取消的任务。"),
-    "state.failed": ("This cannot be sampled as it is set. The program says:", "当前设置无法生成。程序提示："),
+    "state.failed": ("This cannot be done as it is set. The program says:", "当前设置无法执行。程序提示："),
     "state.broken": ("The run failed. The program says:", "运行失败。程序提示："),
     "state.of": ("{part} of {parts}", "第 {part} 个，共 {parts} 个"),
     "history.choose": ("Finished videos, the newest first", "已完成的视频，最新在前"),

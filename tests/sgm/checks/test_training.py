@@ -8,7 +8,8 @@ from tests.geometries import PATCHED, ROTARY, SINCOS
 
 
 def problems(geometry, target="torch.nn.Identity", **params) -> str:
-    found = check_training_data(SimpleNamespace(data={"target": target, "params": params}), geometry)
+    config = SimpleNamespace(data={"target": target, "params": params}, model={})
+    found = check_training_data(config, geometry)
     return "\n".join(map(str, found))
 
 
@@ -22,6 +23,22 @@ def test_what_the_network_takes(geometry, frames, size):
 
 def test_a_data_set_without_these_parameters():
     assert problems(ROTARY) == ""
+
+
+@pytest.mark.parametrize(
+    ("target", "keys", "said"),
+    [
+        ("data_video.SFTDataset", {"input_key": "txt"}, ""),
+        ("data_video.SFTDataset", {"input_key": "caption"}, "emb_models.0.input_key: is caption, which no clip has"),
+        ("data_video.SFTDataset", {"input_keys": ["txt", "jpg"]}, "emb_models.0.input_keys: is jpg, which no clip has"),
+        ("torch.nn.Identity", {"input_key": "caption"}, ""),  # of others, samples alone tell
+    ],
+)
+def test_an_encoder_of_texts_that_clips_do_not_have(target, keys, said):
+    data = {"target": target, "params": {"video_size": [480, 720]}}
+    model = {"conditioner_config": {"params": {"emb_models": [keys]}}}
+    found = check_training_data(SimpleNamespace(data=data, model=model), ROTARY)
+    assert [str(each).splitlines()[0].split("params.")[-1] for each in found] == ([said] if said else [])
 
 
 def test_the_defaults_of_a_data_set_are_judged_too():

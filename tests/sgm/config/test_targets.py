@@ -194,6 +194,8 @@ def test_parameters_that_are_no_mapping():
     text = override_complaint("model.sampler_config.params=[1]", "model.denoiser_config.params=5")
     assert "sampler_config.params" in text and "is [1]" in text and "is 5" in text
     assert text.count("write the parameters as indented keys") == 2
+    path = "model.denoiser_config.params.discretization_config.params"
+    assert all("write the parameters" in override_complaint(f"{path}={value}") for value in ("''", "0", "false", "[]"))
 
 
 def test_a_class_whose_package_is_missing(monkeypatch):
