@@ -23,7 +23,7 @@ TRAINED = $$(dirname "$$(ls -t outputs/land/runs/land-*/latest | head -n 1)")
 # failed. Both sides have one thread: the toy gains little from a second one, and threads that wait for each other's cores
 # lose much. A line for the terminal goes to 3.
 BESIDE = export OMP_NUM_THREADS=1; exec 3>&1; mkdir -p outputs; \
-	beside() { log=$$1; shift; "$$@" >$$log 2>&1 & pid=$$!; }; \
+	beside() { log=$$1; shift; "$$@" >$$log 2>&1 & pid=$$!; trap 'kill $$pid' INT TERM; }; \
 	joined() { code=$$?; wait $$pid || { cat $$log >&2; exit 1; }; exit $$code; };
 
 # What a step of the demo does, in the place of its command.
