@@ -160,11 +160,14 @@ class Files:
         return inside
 
     def has(self, path: Path) -> bool:
-        """Return whether there is such a file."""
+        """Return whether there is such a file; a link that leads nowhere is none."""
         folder, name = os.path.split(path)
         if folder not in self._names:
             try:
-                self._names[folder] = frozenset(os.listdir(folder or os.curdir))
+                with os.scandir(folder or os.curdir) as entries:
+                    self._names[folder] = frozenset(
+                        each.name for each in entries if not each.is_symlink() or os.path.exists(each.path)
+                    )
             except PermissionError:
                 raise
             except (OSError, ValueError):  # missing, or a name that no file system takes

@@ -276,11 +276,12 @@ def table(reports: Sequence[RowReport]) -> str:
 
 def _cells(report: RowReport) -> tuple[str, ...]:
     remarks = "; ".join([*(f"BAD: {problem}" for problem in report.problems), *report.notes])
+    path, remarks = (text.replace("\n", "\\n").replace("\t", "\\t") for text in (report.path, remarks))
     info = report.info
     if info is None:
-        return ("-", "-", "-", "-", "0", report.path, remarks)
+        return ("-", "-", "-", "-", "0", path, remarks)
     measured = (str(info.num_frames), f"{info.fps:.4g}", f"{info.duration:.2f}", f"{info.height}x{info.width}")
-    return (*measured, str(report.num_frames), report.path, remarks)
+    return (*measured, str(report.num_frames), path, remarks)
 
 
 def histograms(reports: Sequence[RowReport]) -> str:

@@ -47,6 +47,7 @@ _DEINTERLACE = "deinterlace it first: ffmpeg -i IN -vf"
 _AS_FRAMES = f"holds each field as a frame (interlaced); {_DEINTERLACE} weave,bwdif OUT.mp4"
 _PALETTE = "pal8"  # the pixel format whose colours may be transparent although it has one component
 _HDR = (16, 18)  # transfer functions PQ and HLG, by FFmpeg's numbers
+_STILLS = ("avif", "heic", "heix", "heim", "heis", "mif1", "mif2")  # brands: FFmpeg gives each tile as a video
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _STATED = {"max_pixels": str(MAX_PIXELS)}  # FFmpeg's name; refuses larger frames before it allocates them
 
@@ -331,6 +332,10 @@ def _videos(container: av.container.InputContainer) -> list[av.VideoStream]:
 def _video_stream(path: str | ClipFile, container: av.container.InputContainer) -> av.VideoStream:
     """Return the video that players show, not a cover picture."""
     videos = _videos(container)
+    if len(videos) > 1 and container.metadata.get("major_brand") in _STILLS:
+        raise ClipError(
+            path, "is a HEIF or AVIF picture of several parts (tiles, transparency); save it as PNG or JPEG"
+        )
     if not videos:
         cover = ", only a cover picture" if container.streams.video else ""
         raise ClipError(path, f"holds no video{cover}")

@@ -18,6 +18,8 @@ logger = get_logger(__name__)
 
 VIDEOS, LABELS, CONTROL, MASK = "videos", "labels", "control", "mask"
 _SHOWN = 5  # names of a warning
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+_NOWHERE = "is a link that leads nowhere; restore the file, or remove the link"
 
 
 def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -> list[Row]:
@@ -51,14 +53,19 @@ def list_folder(data_dir: str | Path, *, allow_missing_captions: bool = False) -
         )
     warn_once(logger, _left_out(files, clips, root))
     listed = Files(root)
-    return [
+    rows = [
         replace(
-            _row(clip, caption_path(clip, root), allow_missing_captions),
+            _row(clip, caption_path(clip, root), allow_missing_captions)
+            if listed.has(clip)
+            else Row(clip, "", _NOWHERE),
             control=_companion(clip, root, listed, CONTROL),
             mask=_companion(clip, root, listed, MASK),
         )
         for clip in clips
     ]
+    if not any(row.caption for row in rows):
+        warn_once(logger, _unread_tables(files, root))
+    return rows
 
 
 def caption_path(clip: Path, root: Path) -> Path:
@@ -80,7 +87,8 @@ def _companion(clip: Path, root: Path, files: Files, folder: str) -> Path | None
     path = _beside(clip, root, folder)
     if path == clip:
         return None
-    names = (path, *(path.with_suffix(suffix) for suffix in VIDEO_SUFFIXES + PICTURE_SUFFIXES))
+    suffixes = VIDEO_SUFFIXES + PICTURE_SUFFIXES
+    names = (path, *(path.with_suffix(suffix) for suffix in (*suffixes, *map(str.upper, suffixes))))
     return next((name for name in names if files.has(name)), None)
 
 
@@ -123,6 +131,17 @@ def _left_out(files: list[Path], clips: list[Path], root: Path) -> Iterator[str]
         have = "1 caption has" if len(names) == 1 else f"{len(names):,} captions have"
         kinds = " ".join(VIDEO_SUFFIXES + PICTURE_SUFFIXES)
         yield f"{root}: {have} no clip that is read: {shown}; clips end with {kinds}"
+
+
+def _unread_tables(files: list[Path], root: Path) -> Iterator[str]:
+    """Yield a warning if captions may be in tables that are not read: those of other names than ``metadata``."""
+    names = sorted(path.name for path in files if path.parent == root and path.suffix.lower() in _TABLES)
+    if names:
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        yield (
+            f"{root}: no clip has a caption in a text file, and {shown} is not read; if captions are there, give that "
+            "file instead of the folder: a .csv with commas, .json, .jsonl or .parquet"
+        )
 
 
 def _upper(caption: Path) -> Path:

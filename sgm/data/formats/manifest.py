@@ -17,7 +17,10 @@ from typing import Any
 
 from sgm.data.rows import ClipFile, Faults, Files, Row, VideoInfo, caption_of, one_line
 from sgm.io import JSONError, excessive_json, parse_json, reason_of, require_regular
+from sgm.log import get_logger, warn_once
 from sgm.util import InputError, nearest, no_character
+
+logger = get_logger(__name__)
 
 CAPTION_NAMES = ("caption", "prompt", "text", "txt")
 VIDEO_NAMES = ("video", "video_path", "path", "file", "file_name", "filename", "file_path")
@@ -32,6 +35,10 @@ MASK_FILES = ("masks.txt", "mask.txt")
 _INFO = ("num_frames", "fps", "height", "width")
 _MOST = 2**31 - 1  # of frames, pixels of a side, and frames per second, in arrays of integers
 _OTHER_MARKS = {"\t": "tabs", ";": "semicolons"}  # between columns, of spreadsheets of some countries
+# Columns of other tools that give the part of a video to which the caption belongs.
+_PART = re.compile(
+    r"(start|end|begin|stop)(_?(time|s|secs?|seconds?|ms|pts|frame|idx|frame_idx))?|timestamps?|frame_idx"
+)
 _BETWEEN_VALUES = re.compile(r"[\s,:]*")
 
 
@@ -88,6 +95,7 @@ def table_rows(table: Table, columns: Columns, *, allow_missing_captions: bool =
             faults.add(table.where(number, fault.column), str(fault))
         else:
             rows.append(row)
+    warn_once(logger, _unread_parts(table, rows))
     faults.refuse()
     if not rows:
         raise InputError(f"'{table.path}' lists no clips")
@@ -97,6 +105,17 @@ def table_rows(table: Table, columns: Columns, *, allow_missing_captions: bool =
             f"are relative to '{table.root}'"
         )
     return rows
+
+
+def _unread_parts(table: Table, rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a warning if columns name parts of clips; a clip inside of a table or archive is cut already."""
+    names = [name for name in table.columns if _PART.fullmatch(name.lower())]
+    if names and rows and isinstance(rows[0].path, Path):
+        some = f"columns {', '.join(names)} of parts are" if names[1:] else f"column {names[0]} of parts is"
+        yield (
+            f"{table.path}: the {some} not read: a file is trained from its first frame. Where captions describe a "
+            "part of a longer file, cut it into a file of its own: ffmpeg -ss START -to END -i IN OUT.mp4"
+        )
 
 
 def _existing_columns(table: Table, columns: Columns) -> Columns:

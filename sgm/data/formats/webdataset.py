@@ -213,7 +213,7 @@ def _record(
             try:
                 record[name] = read(files[name]).decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                faults.add(str(files[name]), f"is not UTF-8 text (byte {error.start})")
+                faults.add(str(files[name]), f"is not UTF-8 text (byte {error.start}); save it as UTF-8")
     if columns.caption is None:
         record["caption"] = next((record[name] for name in CAPTION_NAMES if isinstance(record.get(name), str)), None)
     return record

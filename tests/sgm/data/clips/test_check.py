@@ -148,6 +148,10 @@ def test_the_table_has_a_line_for_each_clip(rows):
     assert all(str(row.path) in line for row, line in zip(rows, lines, strict=True))
     assert ["BAD: " in line for line in lines] == [False] * 4 + [True] * 3
     assert lines[0].split()[:5] == ["17", "8", "2.12", "64x96", "17"]
+    odd = RowReport("a\nb\t.mp4", "", problems=("its caption c\nd is missing",))
+    assert table([odd]).splitlines()[1].endswith(r"a\nb\t.mp4  BAD: its caption c\nd is missing"), (
+        "one line for any name"
+    )
 
 
 def test_the_report_is_json(rows, tmp_path):

@@ -9,7 +9,7 @@ from multiprocessing.reduction import ForkingPickler
 import imageio_ffmpeg
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from sgm.data.clips import decode
 from sgm.data.clips.decode import ClipError, decode_all, each_frame, probe, read_frames, scan
@@ -232,6 +232,16 @@ def test_the_stream_is_the_video_not_a_cover(clip, tmp_path):
     ffmpeg("-i", tmp_path / "cover.png", "-c", "copy", "-disposition:v:0", "attached_pic", tmp_path / "only.mp4")
     with pytest.raises(ClipError, match="holds no video, only a cover picture"):
         scan(tmp_path / "only.mp4")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow cannot write AVIF")
+def test_pictures_of_several_parts_are_refused(tmp_path):
+    picture = Image.new("RGBA", (32, 32), (200, 0, 0, 0))
+    picture.save(tmp_path / "clear.avif")
+    with pytest.raises(ClipError, match=r"picture of several parts .*save it as PNG"):
+        scan(tmp_path / "clear.avif")
+    picture.convert("RGB").save(tmp_path / "solid.avif")
+    assert probe(tmp_path / "solid.avif").num_frames == 1
 
 
 @pytest.mark.parametrize(("name", "ratio", "width"), [("wide.mp4", "2", 192), ("narrow.mkv", "8/9", 85)])

@@ -131,6 +131,36 @@ def test_links_are_followed_and_may_form_cycles(tmp_path):
     assert [row.path for row in list_folder(root)] == [root / "linked" / "a.mp4"]
 
 
+def test_a_link_that_leads_nowhere_is_a_problem_of_its_row(tmp_path):
+    put(tmp_path, "videos/a.mp4", "labels/a.txt", "labels/b.txt")
+    (tmp_path / "videos/b.mp4").symlink_to("moved.mp4")
+    assert [row.problem and row.problem[:28] for row in list_folder(tmp_path)] == [None, "is a link that leads nowhere"]
+    (tmp_path / "list.csv").write_text("caption,video\none,videos/a.mp4\ntwo,videos/b.mp4\n")
+    for data in (tmp_path, tmp_path / "list.csv"):
+        clips = SFTDataset(data_dir=data, video_size=(32, 32))
+        assert [Path(path).name for path in clips.cache_keys()] == ["a.mp4"], "precomputing leaves it out as well"
+    assert "does not exist" in str(clips.rows[1].problem)
+
+
+def test_masks_may_have_suffixes_in_capitals(tmp_path):
+    row = list_folder(put(tmp_path, "videos/a.mp4", "labels/a.txt", "mask/a.PNG"))[0]
+    assert row.mask == tmp_path / "mask/a.PNG"
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["a.mp4", "captions.csv", "b.TSV"], "b.TSV, captions.csv is not read"),
+        (["a.mp4", "a.txt", "captions.csv"], None),
+        (["a.mp4", "sub/captions.csv", "notes.md"], None),
+    ],
+)
+def test_without_captions_tables_that_are_not_read_are_named(files, said, tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="sgm"):
+        list_folder(put(tmp_path, *files))
+    assert [said in record.getMessage() for record in caplog.records] == [True] * (said is not None)
+
+
 def test_lines_of_a_caption_are_joined(tmp_path):
     put(tmp_path, "videos/a.mp4")
     put(tmp_path, "labels/a.txt", text="\ufeff  a red circle \n\n moves\tleft\r\n")

@@ -430,6 +430,26 @@ def test_missing_clips_and_captions_are_problems_of_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ("start,end", "columns start, end of parts are"),
+        ("Start_Time,fps", "column Start_Time of parts is"),
+        ("frame_idx,timestamp", "columns frame_idx, timestamp of parts are"),
+        ("ending,restart", None),
+    ],
+)
+def test_columns_of_parts_of_clips_are_named_as_not_read(tmp_path, caplog, columns, named):
+    root = put(tmp_path, metadata__csv=f"caption,video,{columns}\none,a.mp4,1,2\n")
+    with caplog.at_level("WARNING", logger="sgm"):
+        assert len(dataset(root)) == 1
+    assert [named in record.getMessage() for record in caplog.records] == [True] * (named is not None)
+    caplog.clear()
+    (root / "metadata.csv").write_text(f"caption,video,{columns}\none,a.mp4,1,2\ntwo,a.mp4,3,4\n")
+    assert "keep one of them" in refusal(root)
+    assert len(caplog.records) == (named is not None), "this warning tells why a file comes twice"
+
+
+@pytest.mark.parametrize(
     ("more", "said"),
     [
         ({"format": "cvs"}, "format is 'cvs'; give one of .*did you mean 'csv'"),
