@@ -45,7 +45,7 @@ demo: $(VENV)/installed  ## sample the toy models, teach one of them something n
 		bash finetune_single_gpu.sh configs/toy_lora.yaml configs/toy_sft.yaml configs/toy_land.yaml; joined
 	$(SAY) "3 of 4: sampling five prompts with the LoRA at strengths 1 and 0.5, while model and LoRA are converted to diffusers"
 	@$(BESIDE) \
-		diffusers() { \
+		diffusers() { export TQDM_DISABLE=1; \
 			$(BIN)/python tools/export_sat_lora_weight.py --sat_pt_path $(TRAINED) --lora_save_directory outputs/land/lora && \
 			$(BIN)/python tools/convert_weight_sat2hf.py --base configs/toy.yaml --transformer_ckpt_path $(TRAINED) \
 				--lora keep --dtype fp32 --verify --output_path outputs/land/diffusers && \

@@ -159,7 +159,7 @@ def test_what_the_targets_do():
     names = ["".join(step) for step in steps]
     assert names.count("sample_video") == 2 and names.count("contact_sheet") == 2
     assert re.findall(r'SAY\) "(\d) of 4: ', rules["demo"]) == [*"1234"], "each step is announced"
-    assert rules["demo"].count("\tbeside outputs/") == rules["demo"].count("; joined\n") == 2, "with the code of both sides"
+    assert rules["demo"].count("\tbeside outputs/") == rules["demo"].count("; joined\n") == 2, "both codes count"
     commands = [line for line in rules["demo"].splitlines() if not line.startswith(("\t\t", "\t$(SAY)"))]
     assert all(line.startswith("\t@") for line in commands), "and its command is not echoed"
     assert "outputs" not in rules["clean"].split(), "which holds the results of every sampling run"
