@@ -13,6 +13,7 @@ from sgm.config.load import Config, Problem
 from sgm.distributed import Mesh
 from sgm.modules.diffusionmodules.guiders import has_effect
 from sgm.util import default, instantiate_from_config
+from sgm.weights.adapters import check_shards
 
 
 def mesh_of(config: Config) -> Mesh:
@@ -101,7 +102,7 @@ def _undivided(config: Config) -> Iterator[str]:
 
 
 def check_mesh(config: Config, *, num_patches: int | None = None) -> list[Problem]:
-    """Check the sizes of the mesh against the number of processes, heads, tokens and guidance branches.
+    """Check the sizes of the mesh against processes, heads, tokens, adapters and guidance branches.
 
     Args:
         config: of a run.
@@ -116,12 +117,22 @@ def check_mesh(config: Config, *, num_patches: int | None = None) -> list[Proble
         return problems
     tokens = [_text_length(config), num_patches]
     fewest = min(count for count in (*tokens, world) if count is not None)
-    return [*_network_problems(config, mesh, fewest), *_guidance_problems(config, mesh)]
+    sections = (_network_problems(config, mesh, fewest), _adapter_problems(config, mesh))
+    return [problem for section in (*sections, _guidance_problems(config, mesh)) for problem in section]
+
+
+def _modules(config: Config) -> dict[str, Any]:
+    return params_of(config.model["network_config"]).get("modules") or {}
 
 
 def _text_length(config: Config) -> int | None:
-    modules = params_of(config.model["network_config"]).get("modules") or {}
-    return params_of(modules.get("pos_embed_config")).get("text_length")
+    return params_of(_modules(config).get("pos_embed_config")).get("text_length")
+
+
+def _adapter_problems(config: Config, mesh: Mesh) -> list[Problem]:
+    params = params_of(_modules(config).get("lora_config"))
+    cure = "remove it, or choose other adapters"
+    return problems_of("args.model_parallel_size", cure, lambda: check_shards(params, mesh.tensor))
 
 
 def _network_problems(config: Config, mesh: Mesh, fewest: int) -> Iterator[Problem]:

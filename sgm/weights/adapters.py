@@ -371,6 +371,16 @@ def check_lora_params(params: Mapping[str, Any], num_layers: int, most: int, sha
     ):
         if not legal:
             raise InputError(f"{_LORA_PARAMS}.{name} is {spelled(params.get(name))}; give {expected}")
+    check_shards(params, shards)
+
+
+def check_shards(params: Mapping[str, Any], shards: int) -> None:
+    """Refuse adapters of ``lora_config`` that tensor parallelism does not shard.
+
+    Raises:
+        InputError: there are several ranks, and they are not LoRA of attention.
+    """
+    groups, kind = _groups(params), default(params.get("kind"), "lora")
     if shards > 1 and tuple(groups) != DEFAULT_GROUPS:
         raise InputError(
             f"{_LORA_PARAMS}.targets is {spelled(params.get('targets'))}, and args.model_parallel_size above 1 shards "

@@ -345,6 +345,11 @@ class _Base:
                 f"{member.lora.path} is {TITLES[kind]}, which is for whole weights, and args.model_parallel_size "
                 "above 1 shards them; share videos by args.sequence_parallel_size instead"
             )
+        if member.lora.groups != DEFAULT_GROUPS and self._shards > 1:
+            raise InputError(
+                f"{member.lora.path} adapts {', '.join(member.lora.groups)}, and args.model_parallel_size above 1 "
+                "shards adapters of attention only; share videos by args.sequence_parallel_size instead"
+            )
         if kind != "dora":
             return member
         if self.path is None:

@@ -3,7 +3,8 @@
 import pytest
 
 from sgm.checks.mesh import check_mesh, mesh_of, restart_warnings
-from sgm.config.load import load_config
+from sgm.config.load import ConfigError, load_config
+from sgm.weights.lora.several import with_loras
 
 INFERENCE = ["configs/toy.yaml", "configs/toy_inference.yaml"]
 TRAINING = ["configs/toy.yaml", "configs/toy_sft.yaml"]
@@ -67,6 +68,24 @@ def test_a_sample_may_have_too_few_patches():
 def test_training_has_no_branches_to_share():
     found = complaints("args.cfg_parallel_size=2", bases=TRAINING, mode="train")
     assert "training has one branch" in found["args.cfg_parallel_size"]
+
+
+@pytest.mark.parametrize(
+    ("params", "said"), [("targets=[attention,ff]", "attention only"), ("kind=dora", "is for whole weights")]
+)
+def test_adapters_that_cannot_be_sharded(params, said):
+    bases = ["configs/toy_lora.yaml", "configs/toy_sft.yaml"]
+    lora = f"model.network_config.params.modules.lora_config.params.{params}"
+    assert complaints(lora, bases=bases, mode="train") == {}
+    found = complaints(lora, "args.model_parallel_size=2", bases=bases, mode="train")
+    assert [*found] == ["args.model_parallel_size"] and said in found["args.model_parallel_size"]
+
+
+def test_loras_that_cannot_be_sharded_are_named():
+    bases = [*INFERENCE, "configs/toy_loras.yaml"]
+    assert with_loras(load_config(bases, mode="inference")).model
+    with pytest.raises(ConfigError, match="args.loras.0.path.*assets/toy_land.* adapts .*attention only"):
+        with_loras(load_config(bases, ["args.model_parallel_size=2"], mode="inference"))
 
 
 @pytest.mark.parametrize(
