@@ -45,7 +45,7 @@ demo: $(VENV)/installed  ## sample the toy models, teach one of them something n
 		bash finetune_single_gpu.sh configs/toy_lora.yaml configs/toy_sft.yaml configs/toy_land.yaml; joined
 	$(SAY) "3 of 4: sampling five prompts with the LoRA at strengths 1 and 0.5, while model and LoRA are converted to diffusers"
 	@$(BESIDE) \
-		diffusers() { export TQDM_DISABLE=1; \
+		diffusers() { \
 			$(BIN)/python tools/export_sat_lora_weight.py --sat_pt_path $(TRAINED) --lora_save_directory outputs/land/lora && \
 			$(BIN)/python tools/convert_weight_sat2hf.py --base configs/toy.yaml --transformer_ckpt_path $(TRAINED) \
 				--lora keep --dtype fp32 --verify --output_path outputs/land/diffusers && \
@@ -57,7 +57,7 @@ demo: $(VENV)/installed  ## sample the toy models, teach one of them something n
 		beside outputs/demo_diffusers.log diffusers; \
 		at 1 && at 0.5; joined
 	$(SAY) "4 of 4: comparing our network and LoRA with those of diffusers, and clips with and without the LoRA"
-	@cat outputs/demo_diffusers.log
+	@grep -v "it/s\]" outputs/demo_diffusers.log  # progress bars
 	@$(BIN)/python tools/toy/concept.py measure outputs/land/strength_0 outputs/land/strength_1
 	@$(BIN)/python tools/contact_sheet.py outputs/land/strength_0 outputs/land/strength_0.5 outputs/land/strength_1 \
 		--beside --columns 4 --out outputs/demo_lora.png
