@@ -162,6 +162,10 @@ class Files:
     def has(self, path: Path) -> bool:
         """Return whether there is such a file; a link that leads nowhere is none."""
         folder, name = os.path.split(path)
+        return name in self.names(folder)
+
+    def names(self, folder: str) -> frozenset[str]:
+        """Return the names of the files in a folder, as `has` finds them; none if there is no such folder."""
         if folder not in self._names:
             try:
                 with os.scandir(folder or os.curdir) as entries:
@@ -172,7 +176,7 @@ class Files:
                 raise
             except (OSError, ValueError):  # missing, or a name that no file system takes
                 self._names[folder] = frozenset()
-        return name in self._names[folder]
+        return self._names[folder]
 
 
 def _absolute(name: str, root: object) -> str:

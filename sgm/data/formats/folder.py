@@ -18,6 +18,7 @@ logger = get_logger(__name__)
 
 VIDEOS, LABELS, CONTROL, MASK = "videos", "labels", "control", "mask"
 _SHOWN = 5  # names of a warning
+_SUFFIXES = (*VIDEO_SUFFIXES, *PICTURE_SUFFIXES, *map(str.upper, VIDEO_SUFFIXES + PICTURE_SUFFIXES))
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _NOWHERE = "is a link that leads nowhere; restore the file, or remove the link"
 
@@ -87,9 +88,11 @@ def _companion(clip: Path, root: Path, files: Files, folder: str) -> Path | None
     path = _beside(clip, root, folder)
     if path == clip:
         return None
-    suffixes = VIDEO_SUFFIXES + PICTURE_SUFFIXES
-    names = (path, *(path.with_suffix(suffix) for suffix in (*suffixes, *map(str.upper, suffixes))))
-    return next((name for name in names if files.has(name)), None)
+    there = files.names(os.path.dirname(path))
+    if not there:  # as for most data sets, of which each clip would try all suffixes
+        return None
+    names = (path.name, *(path.stem + suffix for suffix in _SUFFIXES))
+    return next((path.with_name(name) for name in names if name in there), None)
 
 
 def files_below(root: Path) -> list[Path]:
