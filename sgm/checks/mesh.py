@@ -117,8 +117,11 @@ def check_mesh(config: Config, *, num_patches: int | None = None) -> list[Proble
         return problems
     tokens = [_text_length(config), num_patches]
     fewest = min(count for count in (*tokens, world) if count is not None)
-    sections = (_network_problems(config, mesh, fewest), _adapter_problems(config, mesh))
-    return [problem for section in (*sections, _guidance_problems(config, mesh)) for problem in section]
+    return [
+        *_network_problems(config, mesh, fewest),
+        *_adapter_problems(config, mesh),
+        *_guidance_problems(config, mesh),
+    ]
 
 
 def _modules(config: Config) -> dict[str, Any]:

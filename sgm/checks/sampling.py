@@ -20,7 +20,7 @@ import torch
 
 from sgm.checks.sampling_plan import SamplingPlan, check_sampling, listed_numbers, scaling_warnings
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config, ConfigError, Problem, SamplingArgs
+from sgm.config.load import Config, ConfigError, Problem, SamplingArgs, text_encoders
 from sgm.config.precision import autoencoder_dtype, conv3d_warnings, precision_name, resolve_precision
 from sgm.config.values import shortened, spelled
 from sgm.distributed import resolve_device
@@ -139,9 +139,10 @@ def check_shapes(config: Config, geometry: Geometry) -> list[Problem]:
     positions = "modules.pos_embed_config.params.text_length"
     text_length = params_of(modules.get("pos_embed_config")).get("text_length")
     pairs = []
-    for index, embedder in enumerate(params_of(config.model.get("conditioner_config")).get("emb_models") or []):
-        path = f"model.conditioner_config.params.emb_models.{index}.params.max_length"
-        pairs.append((path, params_of(embedder).get("max_length"), f"{_NETWORK}.{positions}", text_length))
+    for path, embedder in text_encoders(config.model):
+        pairs.append(
+            (f"{path}.params.max_length", params_of(embedder).get("max_length"), f"{_NETWORK}.{positions}", text_length)
+        )
     vae = params_of(config.model.get("first_stage_config"))
     for part in ("encoder_config", "decoder_config"):
         path = f"model.first_stage_config.params.{part}.params.z_channels"

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from sgm.checks.sampling import params_of, takes_control
 from sgm.checks.sampling_plan import scaling_problems, size_problems, with_scaling
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config, ConfigError, Problem
+from sgm.config.load import Config, ConfigError, Problem, text_encoders
 from sgm.data.buckets.assign import Bucket, Buckets
 from sgm.data.buckets.config import parse_buckets
 from sgm.modules.geometry import Geometry
@@ -52,12 +52,12 @@ def check_training_data(config: Config, geometry: Geometry) -> list[Problem]:
 
 def _text_problems(config: Config, texts: Collection[str] | None) -> Iterator[Problem]:
     """Yield input keys of text encoders that samples do not have; None if the data set does not say its texts."""
-    for index, embedder in enumerate(params_of(config.model.get("conditioner_config")).get("emb_models") or []):
+    for path, embedder in text_encoders(config.model):
         name = "input_key" if "input_key" in embedder else "input_keys"
         keys = [embedder[name]] if name == "input_key" else embedder.get(name) or []
         if texts is not None and (unknown := [key for key in keys if key not in texts]):
-            path = f"model.conditioner_config.params.emb_models.{index}.{name}"
-            yield Problem(path, "", f"is {unknown[0]}, which no clip has", f"give {' or '.join(texts)}, the caption")
+            found, cure = f"is {unknown[0]}, which no clip has", f"give {' or '.join(texts)}, the caption"
+            yield Problem(f"{path}.{name}", "", found, cure)
 
 
 def takes_pairs(config: Config) -> bool:

@@ -109,6 +109,13 @@ class Config:
         return yaml.dump(escaped(self.merged), Dumper=CSafeDumper, sort_keys=False, allow_unicode=True)
 
 
+def text_encoders(model: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the sections of text encoders in ``model``, each with its key path."""
+    sections = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    for number, section in enumerate(sections):
+        yield f"model.conditioner_config.params.emb_models.{number}", section
+
+
 def digest_of(values: Any) -> str:
     """Return the SHA-256 of a tree of plain values, independent of the order of keys; keys may be numbers."""
     return hashlib.sha256(json.dumps(_with_text_keys(values), sort_keys=True, default=str).encode()).hexdigest()
@@ -293,11 +300,9 @@ def _odd_values(model: Mapping[str, Any], args: SamplingArgs) -> Iterator[str]:
         yield f"model.scale_factor is {scale:g}; those of the released models are 0.7 and 1.15258426"
     if not isinstance(args, TrainingArgs):
         return
-    embedders = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
-    for number, embedder in enumerate(embedders):
+    for path, embedder in text_encoders(model):
         if embedder.get("ucg_rate") == 1:
-            path = f"model.conditioner_config.params.emb_models.{number}.ucg_rate"
-            yield f"{path} is 1, so every caption is dropped; usual is 0.1"
+            yield f"{path}.ucg_rate is 1, so every caption is dropped; usual is 0.1"
     if model.get("noised_image_input") and model.get("noised_image_dropout") == 1:
         yield "model.noised_image_dropout is 1, so every image is dropped; usual is 0.05"
     drawn = ((model.get("loss_fn_config") or {}).get("params") or {}).get("sigma_sampler_config") or {}

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ class Evaluation:
             return len(self.dataset)
         return self.args.eval_iters * self.batch_size * sgm.distributed.data_parallel_size()
 
-    @property
+    @cached_property
     def validation_set(self) -> str:
         """Digest of the samples and the loss of `losses`, whose values can be compared where it is the same."""
         datasets, model = getattr(self.dataset, "datasets", [self.dataset]), self.config.model

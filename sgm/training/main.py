@@ -128,11 +128,13 @@ def _check_nodes(plan: Any) -> None:
 
 def _read_besides(plan: Any) -> Iterator[tuple[str, Path]]:
     """Yield names and local places of what a run reads besides clips and weights: VAE, text encoder and caches."""
+    from sgm.config.load import text_encoders
+
     model, args = plan.config.model, plan.args
     vae = ((model.get("first_stage_config") or {}).get("params") or {}).get("ckpt_path")
     if vae is not None:
         yield "the VAE", Path(vae)
-    for embedder in ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or ():
+    for _, embedder in text_encoders(model):
         folder = (embedder.get("params") or {}).get("model_dir")
         if folder is not None:
             yield f"the text encoder {folder}", Path(folder)

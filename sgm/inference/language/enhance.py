@@ -194,11 +194,11 @@ def _enhance_one(prompt: Prompt, writer: Writer, conditioner: Any) -> str:
         text = answer_text(answer)
         fault = fault_of(text, conditioner) or language_fault(text)
         is_cut = isinstance(answer, Cut)
-        if fault is None and is_cut and words is None:
-            log.warning(
-                "prompt %d: what %s wrote breaks off at the longest answer; %s", prompt.index, writer.name, LONGER
-            )
-        if fault is None and not (is_cut and words is not None):
+        if fault is None and (words is None or not is_cut):
+            if is_cut:
+                log.warning(
+                    "prompt %d: what %s wrote breaks off at the longest answer; %s", prompt.index, writer.name, LONGER
+                )
             return text
         if is_cut:
             fault = f"it breaks off at the longest answer{'' if fault is None else f', and {fault}'}"
