@@ -26,14 +26,15 @@ import torch.distributed as dist
 import sgm.distributed as d
 from sgm.config.args import SamplingArgs
 from sgm.data.cache import Description
+from sgm.parallel.heartbeat import Peers
 from sgm.training.inputs.precompute import Job, run_jobs
 from sgm.training.prepare import agree
 from tests.processes import rank_environments
 from tests.sgm.training.points import POINT
 
 TIMEOUT = 8  # seconds; the machine may be busy, and heartbeats late
-LONG = 3 * TIMEOUT  # that of a pause: half of it, less the pause, is what heartbeats may be late
-NEVER = timedelta(minutes=5)  # timeout of waits that only heartbeats end, however late they are
+LONG = 3 * TIMEOUT  # that of ranks that pause or end apart: half of it, less a pause, is what heartbeats may be late
+NEVER = timedelta(minutes=5)  # timeout of waits that only heartbeats end, and of heartbeats that must not, however late
 FORKS = multiprocessing.get_context("fork")  # fork after all imports
 
 
@@ -61,7 +62,7 @@ def wait_in_a_collective(waiting: int) -> None:
 
 
 def end_apart() -> None:
-    time.sleep(TIMEOUT * d.rank())
+    time.sleep(0.6 * LONG * d.rank())  # a rank that works is lost after half of it
 
 
 def pause_apart() -> None:
@@ -126,7 +127,9 @@ def be_rank(env: dict[str, str], work: Callable[[], Any], path: Path) -> None:
     """Run the work of a rank as the commands do; write messages to a file."""
     os.environ.update(env)
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)
-    timeout = LONG if work is pause_apart else TIMEOUT
+    timeout = LONG if work in (pause_apart, end_apart) else TIMEOUT
+    if work in (outlast_a_collective, meet_late):  # of interest is the timeout of collectives
+        d.Peers = lambda rank, size, timeout: Peers(rank=rank, size=size, timeout=NEVER)
     d.configure(SamplingArgs(distributed_timeout=timeout))
     d.initialize(mesh=d.Mesh(sequence=2))
     dist.new_group([0, 1])
