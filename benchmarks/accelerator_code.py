@@ -130,7 +130,8 @@ def generated_code(model: str = "cogvideox_5b") -> str:
         # Traced as torch.compile would: the block takes the forms for compilers.
         changed = hook_args | {"emb": None, "silu_emb": silu_emb, "rotation": rotation, "context": None}
         holder.forward = lambda: transformer_block(x, hook_args=changed, **given)
-        with mock.patch("torch.compiler.is_compiling", lambda: True):
+        compiles = mock.patch("torch.compiler.is_compiling", lambda: True)
+        with compiles, mock.patch("sgm.modules.compiled_ops.compiles_for_cpu", lambda _: False):
             return torch.func.functional_call(holder, dict(zip(names, weights, strict=True)), ())
 
     def moved(value: Any) -> Any:

@@ -37,6 +37,7 @@ LAYERS = {
     "sgm.modules.in_place": 1,
     "sgm.modules.block": 1,
     "sgm.modules.block_ops": 1,
+    "sgm.modules.compiled_ops": 1,
     "sgm.modules.lora": 1,
     "sgm.modules.host_activations": 1,
     "sgm.modules.kept_attention": 1,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sgm.modules.block_ops import add_gated, modulated_norm, normalised_heads
+from sgm.modules.compiled_ops import apply_linear
 from sgm.modules.in_place import gelu, in_pieces, linear_after_gelu
 from sgm.parallel.attention import is_traceable
 
@@ -69,7 +70,7 @@ def before_attention(
     shift, scale, *factors = modulation[1](silu_emb).unflatten(-1, (2, 6, -1)).unbind(2)
     h = modulated_norm(layer.input_layernorm, x, scale, shift, num_text)
     attention = layer.attention
-    qkv = attention.query_key_value(h).unflatten(-1, (3, -1, attention.hidden_size_per_attention_head))
+    qkv = apply_linear(attention.query_key_value, h).unflatten(-1, (3, -1, attention.hidden_size_per_attention_head))
     return (qkv.unbind(2) if norms is None else normalised_heads(qkv, *norms)), tuple(factors)
 
 
@@ -92,7 +93,7 @@ def after_attention(
         keeps_text: False drops the text before the MLP.
     """
     gate1, shift2, scale2, gate2 = factors
-    branch = layer.attention.dense(attended.flatten(2))
+    branch = apply_linear(layer.attention.dense, attended.flatten(2))
     del attended
     x = add_gated(x, branch, gate1, num_text)
     del branch
@@ -107,7 +108,7 @@ def feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
 
     def run(x: torch.Tensor) -> torch.Tensor:
         if not mlp.is_gated_mlp and mlp.activation_func is gelu:
-            return linear_after_gelu(mlp.dense_4h_to_h, mlp.dense_h_to_4h(x))
+            return linear_after_gelu(mlp.dense_4h_to_h, apply_linear(mlp.dense_h_to_4h, x))
         inner = mlp.activation_func(mlp.dense_h_to_4h_gate(x) if mlp.is_gated_mlp else mlp.dense_h_to_4h(x))
         return mlp.dense_4h_to_h(inner * mlp.dense_h_to_4h(x) if mlp.is_gated_mlp else inner)
 

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from sgm.modules.compiled_ops import factors_of_tokens
+
 Factors = torch.Tensor
 
 
@@ -27,20 +29,31 @@ class ModulatedNorm(nn.LayerNorm):
     ) -> torch.Tensor:
         if scale is None or shift is None:
             return super().forward(x)
+        factor, addend = self.affine(scale, shift)
+        return _Normalised.apply(x, factor.to(x.dtype), addend.to(x.dtype), num_text, self.eps)
+
+    def affine(self, scale: Factors, shift: Factors) -> tuple[Factors, Factors]:
+        """Return what normalised tokens are multiplied by, and what is added then."""
         # In float32, and rounded once: outputs in bfloat16 are closer to exact ones than those of a norm that is
         # scaled afterwards. These are small; norms of tokens are computed in float32 by torch itself.
         factor, addend = 1 + scale.float(), shift.float()
         if self.weight is not None:
             addend = addend if self.bias is None else torch.addcmul(addend, self.bias, factor)
             factor = self.weight * factor
-        return _Normalised.apply(x, factor.to(x.dtype), addend.to(x.dtype), num_text, self.eps)
+        return factor, addend
 
 
 def modulated_norm(norm: nn.Module, x: torch.Tensor, scale: Factors, shift: Factors, num_text: int) -> torch.Tensor:
     """Return norm(x)·(1 + scale) + shift of tokens (B, S, D)."""
     if isinstance(norm, ModulatedNorm) and not torch.compiler.is_compiling():
         return norm(x, scale, shift, num_text)
-    return torch.addcmul(_of_tokens(shift, x, num_text), norm(x), 1 + _of_tokens(scale, x, num_text))
+    if isinstance(norm, ModulatedNorm):
+        factor, addend = norm.affine(scale, shift)
+        normalised = nn.functional.layer_norm(x, x.shape[-1:], eps=norm.eps)
+    else:
+        factor, addend, normalised = 1 + scale, shift, norm(x)
+    factor, addend = (factors_of_tokens(each, num_text, x.shape[1]) for each in (factor, addend))
+    return torch.addcmul(addend, normalised, factor).to(x.dtype)
 
 
 def normalised_heads(qkv: torch.Tensor, q_norm: nn.Module, k_norm: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -64,19 +77,12 @@ def normalised_heads(qkv: torch.Tensor, q_norm: nn.Module, k_norm: nn.Module) ->
 def add_gated(x: torch.Tensor, branch: torch.Tensor, gate: Factors, num_text: int) -> torch.Tensor:
     """Return x + gate·branch of tokens (B, S, D); overwrites `branch` under `no_grad`."""
     if torch.compiler.is_compiling():
-        return torch.addcmul(x, branch, _of_tokens(gate, x, num_text))
+        return torch.addcmul(x, branch, factors_of_tokens(gate, num_text, x.shape[1]))
     if torch.is_grad_enabled():
         return _AddGated.apply(x, branch, gate, num_text)
     for rows, part in ((slice(0, num_text), slice(1, 2)), (slice(num_text, None), slice(0, 1))):
         torch.addcmul(x[:, rows], branch[:, rows], gate[:, part], out=branch[:, rows])
     return branch
-
-
-def _of_tokens(factors: Factors, x: torch.Tensor, num_text: int) -> torch.Tensor:
-    """Return the factor of every token of `x`."""
-    # Joined, not chosen by position: gradients are then sums over the text and over the patches, and not two over all.
-    num_patches = x.shape[1] - num_text
-    return torch.cat((factors[:, 1:].expand(-1, num_text, -1), factors[:, :1].expand(-1, num_patches, -1)), dim=1)
 
 
 class _Normalised(torch.autograd.Function):

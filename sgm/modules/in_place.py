@@ -5,6 +5,7 @@ Compilers plan memory by themselves.
 Legend: ``B`` samples, ``S`` tokens, ``D`` hidden size.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from sgm.modules.compiled_ops import apply_linear
+
 TOKENS_OF_A_PIECE = 4096  # enough to keep an accelerator busy
+# Of the tanh-approximated GELU (Hendrycks & Gimpel 2016), x·sigmoid(linear·x + cubic·x³).
+_GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
+_GELU_CUBIC = 0.044715 * _GELU_LINEAR
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """Tanh-approximated GELU; overwrites its input under `no_grad`."""
+    if torch.compiler.is_compiling():
+        # (1 + tanh(a)) / 2 = sigmoid(2·a), and a compiler's sigmoid takes half as long as its tanh on a CPU.
+        return x * torch.sigmoid(x * (_GELU_LINEAR + _GELU_CUBIC * x.square()))
     in_place = not torch.is_grad_enabled()
     return torch.ops.aten.gelu_(x, approximate="tanh") if in_place else F.gelu(x, approximate="tanh")
 
@@ -37,7 +46,7 @@ def linear_after_gelu(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     device = x.device.type
     is_plain = is_plain and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
     if not is_plain or not (torch.is_grad_enabled() and linear.weight.requires_grad) or torch.compiler.is_compiling():
-        return linear(gelu(x))
+        return apply_linear(linear, gelu(x))
     return _LinearAfterGelu.apply(x, linear.weight, linear.bias)
 
 

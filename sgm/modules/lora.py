@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 import sgm.distributed
 from sgm.config.values import Share
+from sgm.modules.compiled_ops import apply_linear
 from sgm.util import prepare_import
 from sgm.weights.adapters import Kind, initial_matrix, scale_numerator
 from sgm.weights.lora.dora import gains, parts_of, plain_weight, row_norms
@@ -190,7 +191,7 @@ class Adapter(LoraLinear):
     modulates = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        out = self.original(x)
+        out = apply_linear(self.original, x)
         if self.is_off:
             return out
         if self.is_lokr:

@@ -35,7 +35,10 @@ WITHOUT_GRADIENTS = ("sage",)
 
 def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Attention by the kernel that torch selects."""
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    if torch.compiler.is_compiling() and q.is_cpu:  # written so by the kernel that makes them, of which this takes less
+        k, v = k.contiguous(), v.contiguous()
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def attention_named(kernel: str) -> Attention:

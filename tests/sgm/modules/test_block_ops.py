@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from sgm.modules.block_ops import ModulatedNorm, add_gated, modulated_norm
+from sgm.modules.compiled_ops import apply_linear
+from sgm.modules.in_place import gelu
 
 D = 16
 
@@ -18,7 +20,11 @@ def by_token(factors, num_text, length):
 @pytest.mark.parametrize("trained", ["all", "tokens", "factors"])
 @pytest.mark.parametrize(("batch", "num_text"), [(1, 3), (2, 3), (2, 0)])
 @pytest.mark.parametrize("affine", [False, True])
-def test_norm_and_gate_are_those_of_single_steps(batch, num_text, affine, trained):
+@pytest.mark.parametrize("compiler", [None, "cpu", "accelerator"])
+def test_norm_and_gate_are_those_of_single_steps(batch, num_text, affine, trained, compiler, monkeypatch):
+    if compiler is not None:  # the forms for it, run as they are
+        monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+        monkeypatch.setattr("sgm.modules.compiled_ops.compiles_for_cpu", lambda _: compiler == "cpu")
     norm = ModulatedNorm(D, eps=1e-5, elementwise_affine=affine).double()
     for index, parameter in enumerate(norm.parameters()):
         parameter.data.copy_(random(D, seed=index))
@@ -38,6 +44,46 @@ def test_norm_and_gate_are_those_of_single_steps(batch, num_text, affine, traine
     results = [(*out, *torch.autograd.grad(out, leaves, (*weights,))) for out in (fused, single_steps())]
     for own, expected in zip(*results, strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)  # factors are computed in float32
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_in_the_form_for_compilers_is_torchs(bias, monkeypatch):
+    layer, x = torch.nn.Linear(D, 5, bias=bias).double(), random(2, 3, D, seed=1).requires_grad_()
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    results = []
+    for run in (layer, lambda x: apply_linear(layer, x)):
+        out = run(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
+    for expected, own in zip(*results, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_linear_layers_of_other_classes_and_with_hooks_are_called(monkeypatch):
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    x, hooked = random(2, D, seed=1).float(), torch.nn.Linear(D, 5)
+    plain = hooked(x)
+    hooked.register_forward_hook(lambda *_: plain + 1)
+    assert torch.equal(apply_linear(hooked, x), plain + 1)
+    doubled = Doubled(D, 5)
+    assert torch.equal(apply_linear(doubled, x), doubled(x))
+
+
+def test_gelu_in_the_form_for_compilers_is_exact_to_float32(monkeypatch):
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+
+    def results(of, x):
+        out = of(x.requires_grad_())
+        return torch.stack((out, *torch.autograd.grad(out.sum(), x))).double()
+
+    exact = results(gelu, x)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    own = results(gelu, x.detach().float())
+    assert (own - exact).abs().max() <= 2e-6  # torch's own float32: 1e-6
+    assert ((own - exact).square().mean(1).sqrt() <= 3e-7).all()
 
 
 def test_a_norm_without_factors_is_torchs():
