@@ -5,16 +5,16 @@
     python -m benchmarks.scaling --calibrate my_card.json
 
 Trains networks with random weights of the toy's kind on the CPU, a thread a rank, and predicts their iterations with a
-card whose figures are measured here, on other work: products, attention, elementwise operators, an update of weights,
-a tiny network, the toy's VAE and clips, and gloo between two processes. As many processes measure at once as there are
-ranks, since cores share caches and memory. All seconds are those of processors, all
-threads of a rank together, since other work on a machine changes how long a step lasts, and hardly what it takes. Of
-ranks that share cores, the prediction is ranks / cores times as long as that of ranks with cores of their own, and so
-is the time of the measured ones. Cases of clips encode them in each step, the others read clips and captions from a
-cache.
+card whose figures are measured here, on other work: products, attention, elementwise operators, a tiny network, the
+toy's VAE and clips, DeepSpeed with networks of few large and of many small layers, and gloo between two processes. As
+many processes measure at once as there are ranks, since cores share caches and memory. All seconds are those of
+processors, all threads of a rank together, since other work on a machine changes how long a step lasts, and hardly what
+it takes. Of ranks that share cores, the prediction is ranks / cores times as long as that of ranks with cores of their
+own, and so is the time of the measured ones. Cases of clips encode them in each step, the others read a cache.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+import sgm.distributed
 from benchmarks.models import NetworkSize, build_network, build_vae, network_section, vae_section
 from benchmarks.runs import launch
 from data_video import SFTDataset
@@ -37,9 +38,11 @@ from sgm.checks.cost import Cost
 from sgm.checks.meta_run import LiveBytes, build
 from sgm.checks.scaling.cards import Card, card_named
 from sgm.checks.scaling.step_time import Prediction, predict
+from sgm.config.deepspeed_section import engine_config
 from sgm.config.load import load_config
 from sgm.distributed import planned
 from sgm.training.optim.trainable import choose_trainable
+from sgm.training.step import start_deepspeed
 from sgm.util import RunError, prepare_import
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +55,8 @@ SETTINGS = (
     *(f"{_NETWORK}.hidden_size=512", f"{_NETWORK}.num_layers=4", f"{_NETWORK}.num_attention_heads=16"),
     "deepspeed.train_micro_batch_size_per_gpu=4",
 )
+# Moved for a float32 parameter: 24 into buckets and back, 12 + 28 + 16 for norm, clipping and update, see step_time.
+BYTES_OF_STAGE_2 = 80
 SEQUENCE = ("args.sequence_parallel_size=2",)
 # Name → ranks and settings.
 CASES: Mapping[str, tuple[int, tuple[str, ...]]] = {
@@ -119,7 +124,6 @@ def core_figures() -> dict[str, float]:
     products = _rate(_products(), "products")
     attention = _rate(_attention(), "attention")
     bandwidth = _rate(_elementwise(), "moved")
-    state = 8_000_000 * (4 * 8 + 28) / busy_seconds(_update())
     tiny = _tiny_network()
     kernel = busy_seconds(tiny) / counted(tiny).kernels
     encode = _encode()
@@ -133,14 +137,70 @@ def core_figures() -> dict[str, float]:
         "attention": min(attention / products, 1.0),
         "convolutions": min(cost.convolutions / rest / products, 1.0),
         "memory_bandwidth": bandwidth,
-        "state_bandwidth": state,
         "kernel_seconds": kernel,
         "clip_pixels": 17 * 64 * 64 / busy_seconds(lambda: clips[0]),
     }
 
 
+def deepspeed_figures() -> dict[str, float]:
+    """Measure what DeepSpeed takes on one rank beside the passes of a network, for its bytes and for its tensors.
+
+    Stages 2 and 3 of many small layers tell what a tensor takes; stage 2 of a few large ones, what is left for bytes.
+    """
+    many, large = _Layers(96, 16), _Layers(12, 1024)
+    of_many, of_large = (
+        busy_seconds(lambda layers=layers: layers(_input(layers)).backward()) for layers in (many, large)
+    )
+    tensors = len(list(many.parameters()))
+    second, third = (busy_seconds(_deepspeed_step(many, stage)) - of_many for stage in (2, 3))
+    tensor = second / tensors
+    state = busy_seconds(_deepspeed_step(large, 2)) - of_large - len(list(large.parameters())) * tensor
+    if min(second, third - second, state) <= 0:
+        raise RunError("DeepSpeed took less than the network alone: the machine is too busy to measure")
+    moved = sum(parameter.numel() for parameter in large.parameters()) * BYTES_OF_STAGE_2
+    return {
+        "state_bandwidth": moved / state,
+        "tensor_seconds": tensor,
+        "gather_seconds": (third - second) / (2 * tensors),
+    }
+
+
+class _Layers(torch.nn.Module):
+    """Linear layers with little to compute."""
+
+    def __init__(self, number: int, width: int) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(number))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.square().mean()
+
+
+def _plain_seconds(layers: _Layers) -> float:
+    return busy_seconds(lambda: layers(_input(layers)).backward())
+
+
+def _input(layers: Any) -> torch.Tensor:
+    return torch.ones(1, layers.layers[0].in_features)
+
+
+def _deepspeed_step(layers: _Layers, stage: int) -> Callable[[], object]:
+    config = load_config(BASES, [*SETTINGS, f"{_ZERO}.stage={stage}"], mode="train")
+    section = engine_config(config.deepspeed, world_size=1, dtype=torch.float32)
+    layers = copy.deepcopy(layers)
+    engine = start_deepspeed(layers, torch.optim.AdamW(layers.parameters(), fused=True), None, section)
+
+    def work() -> None:
+        engine.backward(engine(_input(layers)))
+        engine.step()
+
+    return work
+
+
 def figures_of_cores(ranks: int) -> list[dict[str, float]]:
-    """Return `core_figures` of processes that measure at the same time: they share caches and memory as ranks do."""
+    """Return the figures of processes that measure at the same time: they share caches and memory as ranks do."""
     return _of_ranks(ranks, "--core")
 
 
@@ -174,20 +234,6 @@ def _elementwise() -> Callable[[], object]:
     return work
 
 
-def _update() -> Callable[[], object]:
-    """Return an update of more weights than caches hold, whose gradients pass through new buffers as in ZeRO."""
-    weight = torch.nn.Parameter(torch.ones(8_000_000))
-    weight.grad = gradient = torch.ones_like(weight)
-    optimizer = torch.optim.AdamW([weight], fused=True)
-
-    def work() -> None:
-        bucket = gradient.clone()
-        gradient.copy_(bucket.mul_(0.5).clone())
-        optimizer.step()
-
-    return work
-
-
 def _tiny_network() -> Callable[[], object]:
     """Return a step of a network so small that starting its kernels takes all the time."""
     size = NetworkSize(32, 2, 4, 32, latents=(1, 2, 2), text_length=2, text_hidden_size=8)
@@ -217,17 +263,25 @@ def _of_ranks(ranks: int, option: str) -> list[dict[str, float]]:
         return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
 
 
-def _measure_rank(folder: Path, measure: Callable[[], dict[str, float]]) -> None:
+def _measure_rank(folder: Path, *, core: bool) -> None:
     torch.set_num_threads(1)
     prepare_import()
     dist.init_process_group("gloo")
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(measure()))
+    rank = dist.get_rank()
+    found = core_figures() if core else _all_reduces()
     dist.barrier()
     dist.destroy_process_group()
+    if core:  # of DeepSpeed by itself, while the others measure it, too
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        sgm.distributed.initialize()
+        found |= deepspeed_figures()
+        sgm.distributed.shutdown()
+    (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
 def _all_reduces() -> dict[str, float]:
-    large, small = torch.ones(4_000_000), torch.ones(4)
+    large, small = torch.ones(16_000_000), torch.ones(4)  # the first as gradients are: more than caches hold
     few = busy_seconds(lambda: [dist.all_reduce(small) for _ in range(200)]) / 200
     much = busy_seconds(lambda: dist.all_reduce(large))
     # Of two ranks, each sends as much as there is; a message passes the ring of two twice.
@@ -328,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     options, words = parser.parse_known_args(argv)
     if folder := options.gloo or options.core:
-        _measure_rank(folder, _all_reduces if options.gloo else core_figures)
+        _measure_rank(folder, core=options.gloo is None)
         return 0
     if options.train:
         return _train_rank(options.train, words)

@@ -43,13 +43,17 @@ def test_a_case_is_predicted_with_what_the_machine_did_before_and_after_it(monke
 
 def test_a_measured_card_is_written_for_check(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "gloo_figures", lambda: {"bandwidth": 1e9, "latency": 1e-4})
-    monkeypatch.setattr(scaling, "figures_of_cores", lambda ranks: [scaling.core_figures()])
-    seconds = iter([1.0, 1.0, 1.0, 1.0, 1e-6, 1e4, 1.0])  # the tiny network, the VAE and a clip are last
+    monkeypatch.setattr(scaling, "figures_of_cores", lambda _: [scaling.core_figures() | scaling.deepspeed_figures()])
+    monkeypatch.setattr(scaling, "_deepspeed_step", lambda layers, stage: None)
+    of_core = [1.0, 1.0, 1.0, 1e-6, 1e4, 1.0]  # the tiny network, the VAE and a clip are last
+    seconds = iter([*of_core, 1.0, 2.0, 1.0 + 192e-3, 1.0 + 576e-3, 2.0 + 1.0 + 24e-3])
     monkeypatch.setattr(scaling, "busy_seconds", lambda work: next(seconds))
     assert scaling.main(["--calibrate", str(tmp_path / "own.json")]) == 0
     card = card_named(str(tmp_path / "own.json"))
     assert card.peak == 3 * 2 * 384 * 512 * 2048, "FLOPs of a forward and a backward pass, in a second"
     assert (card.intra_bandwidth, card.overlaps) == (1e9, False) and card.slots >= 1
+    assert (card.tensor_seconds, card.gather_seconds) == (pytest.approx(1e-3), pytest.approx(1e-3))
+    assert card.state_bandwidth == pytest.approx(80 * 12 * (1024**2 + 1024)), "without what its tensors take"
 
 
 @pytest.mark.slow

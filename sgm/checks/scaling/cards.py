@@ -55,6 +55,8 @@ class Card:
         state_bandwidth: that those attain which update weights, gradients and optimizer state; null: the same. On a
             CPU activations stay in its caches, and state does not.
         kernel_seconds: of the host for each kernel, if the device waits for them.
+        tensor_seconds: of the host for each trained tensor that ZeRO reduces, likewise.
+        gather_seconds: of the host for each tensor that stage 3 gathers for a pass, likewise.
         per_node: cards in a machine.
         intra_bandwidth: of a card to the others in its machine.
         intra_latency: of a message there.
@@ -78,6 +80,8 @@ class Card:
     memory_bandwidth: _Positive
     state_bandwidth: _Positive | None = None
     kernel_seconds: _Seconds = 0.0
+    tensor_seconds: _Seconds = 0.0
+    gather_seconds: _Seconds = 0.0
     per_node: _Count = 8
     intra_bandwidth: _Positive
     intra_latency: _Seconds

@@ -145,6 +145,10 @@ def predict(
     return Prediction(seconds, work.samples, work.world, work.sample_flops(), card.peak, estimate)
 
 
+def _num_tensors(config: Config) -> int:
+    return sum(1 for _ in build(config.model["network_config"]).parameters())
+
+
 class _Work:
     """The work of an iteration on the first rank of a sample group."""
 
@@ -172,7 +176,7 @@ class _Work:
         # Of a group: samples, and the videos that belong to them.
         self.own = micro * self.batches
         self.clips = self.own * (1 + takes_pairs(config) + (self.geometry.control_channels > 0))
-        self.adapters = all(map(is_added, trained))
+        self.trained, self.adapters = trained, all(map(is_added, trained))
         batch = micro * (1 + takes_pairs(config))
         self.network: Usage = once(network_usage, config, (self.latents, *self.size), batch, dtype, trained=trained)
         self.sharing = card.sharing(self.world)
@@ -185,7 +189,7 @@ class _Work:
         parts["attention"] = k * cost.attention / (card.peak * card.attention)
         parts["traffic"] = k * cost.moved / card.memory_bandwidth
         parts["optimizer"] = self._state_bytes() / default(card.state_bandwidth, card.memory_bandwidth)
-        parts["kernels"] = k * cost.kernels * card.kernel_seconds
+        parts["kernels"] = k * cost.kernels * card.kernel_seconds + self._tensor_seconds()
         parts["groups"] = k * self._group_seconds(self.network, attention=parts["attention"] / k)
         if in_step(vae) and not self.config.model.get("latent_input"):
             parts["VAE"], sent = self._encoding(vae)
@@ -227,6 +231,14 @@ class _Work:
         # Norm, clipping and update; in 16 bits and with ZeRO also to float32 and back.
         update = 3 * width + 12 + 2 * self._moments() + (16 if stage or width == 2 else 0)
         return moved + self._updated() * (update + 12 * (self.args.ema_decay is not None))
+
+    def _tensor_seconds(self) -> float:
+        """Return the seconds of DeepSpeed's host code, which handles tensors one by one."""
+        stage, k = self.section["zero_optimization"]["stage"], self.batches
+        seconds = len(self.trained) * self.card.tensor_seconds * (k if stage >= 2 else stage)
+        if stage == 3 and self.card.gather_seconds:
+            seconds += 2 * k * _num_tensors(self.config) * self.card.gather_seconds
+        return seconds
 
     def _updated(self) -> float:
         """Return the parameters that this rank's optimizer updates."""

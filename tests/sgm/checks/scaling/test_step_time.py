@@ -73,6 +73,11 @@ def test_what_the_network_computes_and_moves(seconds, trained):
     assert moved[2] == pytest.approx(numbers * (12 + 48 + update))
     assert moved[3] == pytest.approx(numbers * (12 + 48 + update) + 48 * usage.weights / 1e9)
     assert seconds(kernel_seconds=1e-5) == {"kernels": pytest.approx(usage.cost.kernels * 1e-5)}
+    handled = [seconds(stage, steps, tensor_seconds=1e-3, gather_seconds=1e-2).get("kernels", 0) for stage in state]
+    tensors = len(list(build(config_of().model["network_config"]).parameters()))
+    assert len(trained) < tensors, "some are frozen"
+    of_trained = len(trained) * 1e-3  # in one pass; stages 2 and 3 reduce in each, and stage 3 gathers twice in each
+    assert handled == pytest.approx([0, of_trained, 2 * of_trained, 2 * of_trained + 2 * 2 * tensors * 1e-2])
     twice = seconds("deepspeed.gradient_accumulation_steps=2", peak=2e9, products=0.5)
     assert twice["products"] == pytest.approx(2 * usage.cost.products / 1e9)
 
