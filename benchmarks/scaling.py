@@ -253,7 +253,7 @@ def _encode() -> Callable[[], object]:
 
 
 def gloo_figures() -> dict[str, float]:
-    """Return bandwidth and latency of all-reduces between two processes, in processor seconds of one."""
+    """Return bandwidth and latency of collectives of two processes, in processor seconds of one."""
     return _of_ranks(2, "--gloo")[0]
 
 
@@ -268,7 +268,7 @@ def _measure_rank(folder: Path, *, core: bool) -> None:
     prepare_import()
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    found = core_figures() if core else _all_reduces()
+    found = core_figures() if core else _collectives()
     dist.barrier()
     dist.destroy_process_group()
     if core:  # of DeepSpeed by itself, while the others measure it, too
@@ -280,12 +280,16 @@ def _measure_rank(folder: Path, *, core: bool) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
-def _all_reduces() -> dict[str, float]:
-    large, small = torch.ones(16_000_000), torch.ones(4)  # the first as gradients are: more than caches hold
+def _collectives() -> dict[str, float]:
+    """Measure what ZeRO does with gradients and weights, which are more than caches hold."""
+    whole, small = torch.ones(16_000_000), torch.ones(4)
+    part = whole.chunk(2)[dist.get_rank()].clone()
     few = busy_seconds(lambda: [dist.all_reduce(small) for _ in range(200)]) / 200
-    much = busy_seconds(lambda: dist.all_reduce(large))
-    # Of two ranks, each sends as much as there is; a message passes the ring of two twice.
-    return {"bandwidth": large.nbytes / (much - few), "latency": few / 4}
+    reduced = busy_seconds(lambda: dist.all_reduce(whole)) - few
+    gathered = busy_seconds(lambda: dist.all_gather_into_tensor(whole, part)) - few
+    # Each of two ranks sends as much as there is to reduce it, and half of that to gather it; a message passes their
+    # ring twice.
+    return {"bandwidth": 1.5 * whole.nbytes / (reduced + gathered), "latency": few / 4}
 
 
 def measure(case: str, cache: Path) -> tuple[float, float]:
