@@ -24,7 +24,8 @@ def apply_linear(linear: Any, x: torch.Tensor) -> torch.Tensor:
     if not (compiles_for_cpu(x) and plain and linear.bias is not None):
         return linear(x)
     out = F.linear(x, linear.weight)
-    return out + _Rows.apply(linear.bias[None], 0, out.numel() // len(linear.bias)).view_as(out)
+    bias = linear.bias.to(out.dtype)  # of another one under autocast
+    return out + _Rows.apply(bias[None], 0, out.numel() // len(bias)).view_as(out)
 
 
 def factors_of_tokens(factors: torch.Tensor, num_text: int, num_tokens: int) -> torch.Tensor:

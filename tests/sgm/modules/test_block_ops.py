@@ -58,6 +58,16 @@ def test_a_linear_layer_in_the_form_for_compilers_is_torchs(bias, monkeypatch):
         torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_linear_layer_in_the_form_for_compilers_obeys_autocast(monkeypatch):
+    layer, x = torch.nn.Linear(D, 5), random(2, 3, D, seed=1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+        own = apply_linear(layer, x)
+    assert own.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(own, expected, rtol=2e-2, atol=1e-2)
+
+
 def test_linear_layers_of_other_classes_and_with_hooks_are_called(monkeypatch):
     class Doubled(torch.nn.Linear):
         def forward(self, x):
