@@ -208,7 +208,8 @@ def initialize(*, mesh: Mesh | None = None) -> None:
     if mesh is not None and _mesh is None:
         _mesh = mesh
         _make_groups(mesh)
-        every_rank_warns()
+        if sample_rank() == 0:  # the others of the group have its clips and prompts
+            every_rank_warns()
 
 
 def has_mesh() -> bool:

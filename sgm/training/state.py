@@ -27,7 +27,7 @@ from sgm.config.args import AtLeast0, AtLeast1, TrainingArgs
 from sgm.config.load import Config, ConfigError, Problem, digest_of
 from sgm.config.values import misfit, spelled
 from sgm.io import LOCK, atomic_file, parse_json, reason_of, refusing_denied, try_lock_folder, write_json
-from sgm.log import get_logger
+from sgm.log import get_logger, warn_once
 from sgm.training.optim.optimizer import kind_of, settings_kept
 from sgm.training.repartition import CURE, SavedState, load_repartitioned
 from sgm.training.state_files import (
@@ -229,32 +229,31 @@ class ResumePoint:
 
     def _warn(self, now: "ResumePoint", config: Config | None) -> None:
         """Warn if clips or settings differ, so that the results will."""
+        found = []
         if self.clips != now.clips:
-            logger.warning("the training clips differ from those at the start of %s: other samples follow", self.run)
+            found.append(f"the training clips differ from those at the start of {self.run}: other samples follow")
         elif self.captions not in (None, now.captions):
-            logger.warning("the captions are not those at the start of %s: other samples follow", self.run)
+            found.append(f"the captions are not those at the start of {self.run}: other samples follow")
         if (
             self.clips == now.clips
             and None not in (self.clip_files, now.clip_files)
             and self.clip_files != now.clip_files
         ):
-            logger.warning(
-                "the files of the training clips are not those at the start of %s (size or time): replaced clips give "
-                "other samples",
-                self.run,
+            found.append(
+                f"the files of the training clips are not those at the start of {self.run} (size or time): replaced "
+                "clips give other samples"
             )
         if self.config_digest != now.config_digest:
             changed = [] if config is None else changed_settings(self.run, config)
             more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
             listing = f": {'; '.join(changed[:_SHOWN])}{more}" if changed else ""
-            logger.warning("the configuration differs from config.yaml, with which %s began%s", self.run, listing)
+            found.append(f"the configuration differs from config.yaml, with which {self.run} began{listing}")
         if not self.has_weights():
-            logger.warning(
-                "the weights of iteration %d were removed from %s; the run goes on from the resume state, and its next "
-                "save writes weights again",
-                self.iteration,
-                self.run,
+            found.append(
+                f"the weights of iteration {self.iteration} were removed from {self.run}; the run goes on from the "
+                "resume state, and its next save writes weights again"
             )
+        warn_once(logger, found)
 
     def has_weights(self) -> bool:
         """Return whether the weights of the state's iteration are there; somebody may have removed them."""

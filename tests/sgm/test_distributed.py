@@ -32,6 +32,16 @@ d.shutdown()
 assert not dist.is_initialized()
 """
 
+SHARED = """
+import sgm.distributed as d
+from sgm.log import configure_logging, get_logger
+configure_logging()
+d.initialize(mesh=d.Mesh(sequence=2))
+get_logger().warning("the prompt is cut")
+d.barrier()
+d.shutdown()
+"""
+
 
 def test_a_single_process_needs_no_launcher_and_opens_no_port(monkeypatch):
     monkeypatch.delenv("MASTER_PORT", raising=False)
@@ -68,6 +78,13 @@ def test_two_ranks(tmp_path):
     script.write_text(TWO_RANKS)
     done = run(str(script), [], world=2)
     assert done.returncode == 0, done.stderr
+
+
+def test_ranks_that_share_a_sample_warn_of_it_once(tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    done = run(str(script), [], world=2)
+    assert done.returncode == 0 and done.stderr.count("the prompt is cut") == 1, done.stderr
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")

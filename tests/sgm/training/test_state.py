@@ -229,6 +229,13 @@ def test_other_clips_and_captions_give_a_warning(caplog, tmp_path, change, said)
     assert [said in message for message in caplog.messages] == ([] if said is None else [True])
 
 
+def test_of_several_ranks_one_says_what_differs(caplog, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    with caplog.at_level("WARNING"):
+        dataclasses.replace(POINT, run=tmp_path).check(dataclasses.replace(POINT, clips="other", config_digest="other"))
+    assert caplog.messages == []
+
+
 def test_weights_that_are_gone_are_said(caplog, tmp_path):
     point = dataclasses.replace(POINT, run=tmp_path)
     with caplog.at_level("WARNING"):
