@@ -148,9 +148,7 @@ def deepspeed_figures() -> dict[str, float]:
     Stages 2 and 3 of many small layers tell what a tensor takes; stage 2 of a few large ones, what is left for bytes.
     """
     many, large = _Layers(96, 16), _Layers(12, 1024)
-    of_many, of_large = (
-        busy_seconds(lambda layers=layers: layers(_input(layers)).backward()) for layers in (many, large)
-    )
+    of_many, of_large = map(_plain_seconds, (many, large))
     tensors = len(list(many.parameters()))
     second, third = (busy_seconds(_deepspeed_step(many, stage)) - of_many for stage in (2, 3))
     tensor = second / tensors

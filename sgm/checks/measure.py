@@ -152,7 +152,7 @@ def network_usage(
     offloads = getattr(config.args, "offload_activations", False)
     few = 2 + kept + offloads  # copies of one block come back while another runs its backward pass
     if isinstance(depth, int) and depth > few + 2 and skipped < depth:
-        sizes = _sizes_of(section, mesh)
+        sizes = sizes_of(section, mesh)
         whole = sum(sizes.values()), sum(size for name, size in sizes.items() if name in (trained or ()))
         try:
             first, second = measured(few, kept), measured(few + 1, kept)
@@ -166,7 +166,7 @@ def network_usage(
     return measured(None)
 
 
-def _sizes_of(section: Mapping[str, Any], mesh: Mesh) -> dict[str, int]:
+def sizes_of(section: Mapping[str, Any], mesh: Mesh) -> dict[str, int]:
     """Return the elements of every parameter of a network."""
 
     def count() -> dict[str, int]:

@@ -45,9 +45,9 @@ class ModulatedNorm(nn.LayerNorm):
 
 def modulated_norm(norm: nn.Module, x: torch.Tensor, scale: Factors, shift: Factors, num_text: int) -> torch.Tensor:
     """Return norm(x)·(1 + scale) + shift of tokens (B, S, D)."""
-    if isinstance(norm, ModulatedNorm) and not torch.compiler.is_compiling():
-        return norm(x, scale, shift, num_text)
     if isinstance(norm, ModulatedNorm):
+        if not torch.compiler.is_compiling():
+            return norm(x, scale, shift, num_text)
         factor, addend = norm.affine(scale, shift)
         normalised = nn.functional.layer_norm(x, x.shape[-1:], eps=norm.eps)
     else:

@@ -18,10 +18,14 @@ def compiles_for_cpu(x: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() and x.is_cpu
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether this is a linear layer of torch's own class, without hooks such as those of ZeRO-3."""
+    return type(linear) is nn.Linear and not (linear._forward_pre_hooks or linear._forward_hooks)
+
+
 def apply_linear(linear: Any, x: torch.Tensor) -> torch.Tensor:
     """Return linear(x); under a compiler for CPUs the bias is added by the kernel that reads the product."""
-    plain = type(linear) is nn.Linear and not (linear._forward_pre_hooks or linear._forward_hooks)
-    if not (compiles_for_cpu(x) and plain and linear.bias is not None):
+    if not (compiles_for_cpu(x) and is_plain(linear) and linear.bias is not None):
         return linear(x)
     out = F.linear(x, linear.weight)
     bias = linear.bias.to(out.dtype)  # of another one under autocast

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from sgm.modules.compiled_ops import apply_linear
+from sgm.modules.compiled_ops import apply_linear, is_plain
 
 TOKENS_OF_A_PIECE = 4096  # enough to keep an accelerator busy
 # Of the tanh-approximated GELU (Hendrycks & Gimpel 2016), x·sigmoid(linear·x + cubic·x³).
@@ -36,16 +36,15 @@ def silu(x: torch.Tensor) -> torch.Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
-def linear_after_gelu(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def linear_after_gelu(linear: Any, x: torch.Tensor) -> torch.Tensor:
     """Return linear(gelu(x)); of a layer that is trained, x is kept for the backward pass, and gelu(x) computed again.
 
     Plain layers alone are known well enough: adapters, shards and hooks, such as those of ZeRO-3, have their own ways,
     and so has autocast, which casts weights.
     """
-    is_plain = type(linear) is nn.Linear and not (linear._forward_pre_hooks or linear._forward_hooks)
     device = x.device.type
-    is_plain = is_plain and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
-    if not is_plain or not (torch.is_grad_enabled() and linear.weight.requires_grad) or torch.compiler.is_compiling():
+    is_known = is_plain(linear) and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+    if not is_known or not (torch.is_grad_enabled() and linear.weight.requires_grad) or torch.compiler.is_compiling():
         return apply_linear(linear, gelu(x))
     return _LinearAfterGelu.apply(x, linear.weight, linear.bias)
 

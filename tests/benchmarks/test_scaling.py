@@ -17,6 +17,13 @@ def test_every_case_is_predicted():
     assert all(ranks == int(case[0]) for case, (ranks, _) in scaling.CASES.items())
 
 
+def test_stage_2_moves_as_many_bytes_in_the_model_as_in_its_calibration():
+    card = replace(CARDS["h100"], state_bandwidth=1.0)
+    one, two = (scaling.predicted(case, card).seconds["optimizer"] for case in ("1-zero2", "2-zero2"))
+    shared = scaling.BYTES_OF_STAGE_2 - 24  # of norm, clipping and update, which two ranks divide
+    assert two / one == pytest.approx((24 + shared / 2) / scaling.BYTES_OF_STAGE_2)
+
+
 def test_the_table_compares_what_is_predicted_and_measured(monkeypatch):
     card = CARDS["h100"]
     step = scaling.predicted("1-zero2", card).step

@@ -28,7 +28,7 @@ from sgm.checks.estimate import (
     with_vae,
     zero_traffic,
 )
-from sgm.checks.measure import encode_usage, network_usage, once
+from sgm.checks.measure import encode_usage, network_usage, once, sizes_of
 from sgm.checks.mesh import mesh_of
 from sgm.checks.meta_run import Usage, build
 from sgm.checks.sampling import params_of
@@ -145,10 +145,6 @@ def predict(
     return Prediction(seconds, work.samples, work.world, work.sample_flops(), card.peak, estimate)
 
 
-def _num_tensors(config: Config) -> int:
-    return sum(1 for _ in build(config.model["network_config"]).parameters())
-
-
 class _Work:
     """The work of an iteration on the first rank of a sample group."""
 
@@ -237,7 +233,7 @@ class _Work:
         stage, k = self.section["zero_optimization"]["stage"], self.batches
         seconds = len(self.trained) * self.card.tensor_seconds * (k if stage >= 2 else stage)
         if stage == 3 and self.card.gather_seconds:
-            seconds += 2 * k * _num_tensors(self.config) * self.card.gather_seconds
+            seconds += 2 * k * len(sizes_of(self.config.model["network_config"], self.mesh)) * self.card.gather_seconds
         return seconds
 
     def _updated(self) -> float:
