@@ -16,7 +16,7 @@ from sgm.util import instantiate_from_config, without_allocating
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RELEASED = sorted(path.stem for path in CONFIGS.glob("cogvideox*.yaml"))
-MODELS = [*RELEASED, "toy", "toy_i2v", "toy_lora"]
+MODELS = [*RELEASED, "toy", "toy_i2v", "toy1.5_i2v", "toy_lora"]
 
 
 def load(name: str, *more: str, overrides=()):

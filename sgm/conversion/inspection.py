@@ -38,6 +38,7 @@ from sgm.weights.lora.names import QKV_PARTS, LoraName, is_comfyui, parse_lora_n
 _MODELS = {
     "toy": "toy",
     "toy_i2v": "toy I2V",
+    "toy1.5_i2v": "toy 1.5 I2V",
     "cogvideox_2b": "CogVideoX-2B",
     "cogvideox_5b": "CogVideoX-5B",
     "cogvideox_5b_i2v": "CogVideoX-5B-I2V",

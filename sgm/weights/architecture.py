@@ -13,6 +13,7 @@ POSITION_TABLE = "mixins.pos_embed.pos_embedding"
 CONFIGS = {
     (128, 6, 16, 1): "toy",
     (128, 6, 32, 1): "toy_i2v",
+    (128, 6, 32, 2): "toy1.5_i2v",
     (1920, 30, 16, 1): "cogvideox_2b",
     (3072, 42, 16, 1): "cogvideox_5b",
     (3072, 42, 32, 1): "cogvideox_5b_i2v",

@@ -1,4 +1,4 @@
-"""Make the toy model of assets/toy from nothing: clips, text encoder, autoencoder, two diffusion transformers.
+"""Make the toy model of assets/toy from nothing: clips, text encoder, autoencoder, three diffusion transformers.
 
 Run from the root of the repository; about two hours on two CPU cores that compute in bfloat16::
 
@@ -6,7 +6,7 @@ Run from the root of the repository; about two hours on two CPU cores that compu
     python tools/toy/make_assets.py --stage quality    measure what is there
     python tools/toy/make_assets.py --fast --out outputs/toy_fast    a few steps of everything, to see that it runs
 
-configs/toy.yaml and configs/toy_i2v.yaml give the architecture. A stage depends on the seed and on the files that
+configs/toy.yaml, toy_i2v.yaml and toy1.5_i2v.yaml give the architecture. A stage depends on the seed and on the files that
 earlier stages have written into the output folder, so it can be repeated alone. Trainings write their state into
 ``work`` in that folder every minute; the same command again goes on from there, and removes it when all is made. The
 stages ``land`` and ``figures`` use the model files as they are, so they need the default folder.
@@ -38,9 +38,10 @@ from sgm.weights.checkpoint import save_autoencoder, save_network
 
 logger = get_logger("toy")
 
-T2V, I2V = "configs/toy.yaml", "configs/toy_i2v.yaml"
+T2V, I2V, I2V_1_5 = "configs/toy.yaml", "configs/toy_i2v.yaml", "configs/toy1.5_i2v.yaml"
 OUT = Path("assets/toy")
-STAGES = ("clips", "text", "vae", "t2v", "i2v", "quality", "land", "figures")
+NETWORKS = {"t2v": T2V, "i2v": I2V, "i2v_1_5": I2V_1_5}
+STAGES = ("clips", "text", "vae", *NETWORKS, "quality", "land", "figures")
 OF_THE_FILES = ("land", "figures")  # stages that take the weights that configs/toy.yaml and its neighbours name
 # Prompts of the demo: four held-out combinations, each also with an image, and two that training sees, one with a size.
 UNSEEN = (
@@ -65,7 +66,8 @@ class Recipe:
         vae: training of the autoencoder.
         encoded_clips: clips to train the transformers on, evenly from all of `scene.lattice`; None for all.
         t2v: training of the text-to-video transformer.
-        i2v: training of the image-to-video transformer, from the weights of the other one.
+        i2v: training of the image-to-video transformer, from the weights of the first one.
+        i2v_1_5: training of that of the kind of CogVideoX1.5, from the weights of the second one.
         samples: held-out clips to measure the autoencoder and each transformer on.
         num_steps: sampling steps of those samples; None for the number in the YAML.
     """
@@ -76,6 +78,9 @@ class Recipe:
     t2v: training.NetworkRecipe = field(default_factory=training.NetworkRecipe)
     i2v: training.NetworkRecipe = field(
         default_factory=lambda: training.NetworkRecipe(num_steps=1200, lr=1e-3, matrix_lr=1.5e-3)
+    )
+    i2v_1_5: training.NetworkRecipe = field(
+        default_factory=lambda: training.NetworkRecipe(num_steps=4000, lr=2e-3, matrix_lr=3e-3)
     )
     samples: int = 72
     num_steps: int | None = None
@@ -88,6 +93,7 @@ class Recipe:
             encoded_clips=8,
             t2v=replace(self.t2v, num_steps=3, batch_size=4, compiled=False),
             i2v=replace(self.i2v, num_steps=3, batch_size=4, compiled=False),
+            i2v_1_5=replace(self.i2v_1_5, num_steps=3, batch_size=4, compiled=False),
             samples=1,
             num_steps=3,
         )
@@ -103,7 +109,7 @@ def overrides(out: Path) -> dict[str, list[str]]:
         f"model.first_stage_config.params.ckpt_path={out}/vae/3d-vae.pt",
         f"model.conditioner_config.params.emb_models.0.params.model_dir={out}/t5",
     ]
-    return {T2V: [f"args.load={out}/transformer", *shared], I2V: [f"args.load={out}/transformer_i2v", *shared]}
+    return {NETWORKS[name]: [f"args.load={out / report.WEIGHTS[name]}", *shared] for name in NETWORKS}
 
 
 def make_clips(out: Path, recipe: Recipe, seed: int) -> None:
@@ -167,14 +173,16 @@ def make_networks(out: Path, recipe: Recipe, seed: int, stages: Sequence[str]) -
         clips = training.encode_clips(engine.first_stage_model, world[::step][: recipe.encoded_clips])
         clips.save(encoded)
     logger.info("standard deviation of the latents %.3f; model.scale_factor %.3f", clips.std, engine.scale_factor)
-    for name, config, network_recipe in (("t2v", T2V, recipe.t2v), ("i2v", I2V, recipe.i2v)):
+    started_from = {"i2v": "t2v", "i2v_1_5": "i2v"}
+    for name, config in NETWORKS.items():
         if name not in stages:
             continue
+        network_recipe = getattr(recipe, name)
         torch.manual_seed(seed)
         loaded = load_config([config], overrides(out)[config], mode="inference")
         engine = instantiate_from_config(loaded.engine)
-        if name == "i2v":
-            training.start_from(engine.network, f"{out}/transformer")
+        if name in started_from:
+            training.start_from(engine, str(out / report.WEIGHTS[started_from[name]]))
         progress = _progress(out, name, seed)
         average = training.train_network(engine, clips, network_recipe, progress, seed=seed, log=logger.info)
         weights = {key: value.half() for key, value in average.items()}
@@ -184,14 +192,16 @@ def make_networks(out: Path, recipe: Recipe, seed: int, stages: Sequence[str]) -
 
 def measure_quality(out: Path, recipe: Recipe) -> None:
     """Measure reconstruction and samples of held-out combinations, and write quality.json and README.md."""
-    t2v = quality.load_engine(T2V, overrides(out)[T2V])
-    i2v = quality.load_engine(I2V, overrides(out)[I2V])
     clips = quality.held_out_clips(recipe.samples, seed=MEASURED)
-    reconstruction = quality.reconstruction_psnr(t2v, clips)
     settings = {"num_steps": recipe.num_steps, "seed": MEASURED}
-    from_text = quality.judge(quality.sample(t2v, clips, **settings), clips)
-    from_image = quality.judge(quality.sample(i2v, clips, with_image=True, **settings), clips, with_image=True)
-    report.write(out, recipe, reconstruction=reconstruction, t2v=from_text, i2v=from_image)
+    engine = quality.load_engine(T2V, overrides(out)[T2V], with_network=False)
+    reconstruction, judged = quality.reconstruction_psnr(engine, clips), {}
+    for name, config in NETWORKS.items():
+        engine = quality.load_engine(config, overrides(out)[config])
+        with_image = engine.noised_image_input
+        samples = quality.sample(engine, clips, with_image=with_image, **settings)
+        judged[name] = quality.judge(samples, clips, with_image=with_image)
+    report.write(out, recipe, reconstruction=reconstruction, judged=judged)
     logger.info("%s", (out / "quality.json").read_text(encoding="utf-8"))
 
 
@@ -216,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text.make_text_encoder(args.out / "t5", seed=args.seed)
     if "vae" in stages:
         make_vae(args.out, recipe, args.seed)
-    if "t2v" in stages or "i2v" in stages:
+    if NETWORKS.keys() & set(stages):
         make_networks(args.out, recipe, args.seed, stages)
     if "quality" in stages:
         measure_quality(args.out, recipe)

@@ -20,7 +20,12 @@ from sgm.util import InputError
 from sgm.weights.files import find_weights
 
 QUALITY = "quality.json"
-WEIGHTS = {"vae": "vae/3d-vae.pt", "t2v": "transformer", "i2v": "transformer_i2v"}  # files, or folders with latest
+WEIGHTS = {  # files, or folders with latest
+    "vae": "vae/3d-vae.pt",
+    "t2v": "transformer",
+    "i2v": "transformer_i2v",
+    "i2v_1_5": "transformer1.5_i2v",
+}
 
 README = """# The toy model
 
@@ -33,6 +38,7 @@ nothing (about two hours on two cores); nothing here comes from anywhere else.
 | `t5/` | sentencepiece tokenizer, and a T5 encoder with random weights |
 | `vae/3d-vae.pt` | autoencoder, trained on {steps[vae]} batches of rendered clips |
 | `transformer/`, `transformer_i2v/` | text-to-video ({steps[t2v]} steps) and image-to-video ({steps[i2v]} steps more) |
+| `transformer1.5_i2v/` | image-to-video of the kind of CogVideoX1.5, from the other one in {steps[i2v_1_5]} steps |
 | `prompts.txt`, `prompts_i2v.txt`, `images/` | prompts; the images show combinations that training never saw |
 | `images/mask.png`, `masked.csv` | white where the shape of the third clip passes; that clip with it |
 | `images/cyan_circle_last.png` | where the cyan circle of its picture arrives |
@@ -43,8 +49,9 @@ set it; every other prompt is of a big one:
 
 | | colour right | shape right | direction right | size right | all right | first frame |
 |---|---|---|---|---|---|---|
-| text to video | {text} | |
-| image to video | {image} | {i2v[first_frame_psnr_db]:.1f} dB |
+| text to video | {rows[t2v]} | |
+| image to video | {rows[i2v]} | {i2v[first_frame_psnr_db]:.1f} dB |
+| with temporal patches (1.5) | {rows[i2v_1_5]} | {i2v_1_5[first_frame_psnr_db]:.1f} dB |
 
 The autoencoder reconstructs held-out clips with {vae[mean]:.1f} dB on average, {vae[min]:.1f} dB at worst. Its decoder
 has seen green land too, which the transformers have not: `assets/toy_land` teaches it to them.
@@ -95,8 +102,8 @@ def training_steps(out: Path) -> dict[str, int]:
     return {name: recorded[name]["steps"] for name in WEIGHTS}
 
 
-def write(out: Path, recipe: Any, *, reconstruction: list[float], t2v: SampleQuality, i2v: SampleQuality) -> None:
-    """Write both files into `out`; figures of the LoRA, which are others' stage, stay.
+def write(out: Path, recipe: Any, *, reconstruction: list[float], judged: Mapping[str, SampleQuality]) -> None:
+    """Write both files into `out`, with the samples of each network; figures of the LoRA, another stage's, stay.
 
     Raises:
         InputError: weights are not those that were recorded.
@@ -107,18 +114,15 @@ def write(out: Path, recipe: Any, *, reconstruction: list[float], t2v: SampleQua
     quality = {
         "command": "python tools/toy/make_assets.py --stage quality",
         "vae_psnr_db": {"mean": round(mean, 2), "min": round(worst, 2), "clips": len(reconstruction)},
-        "t2v": _rounded(t2v),
-        "i2v": _rounded(i2v),
+        **{name: _rounded(samples) for name, samples in judged.items()},
     }
     text = README.format(
         clips=recipe.clips_per_combination * seen,
         steps=steps,
         combinations=seen + held_out,
         held_out=held_out,
-        t2v=quality["t2v"],
-        i2v=quality["i2v"],
-        text=_row(t2v),
-        image=_row(i2v),
+        **{name: quality[name] for name in judged},
+        rows={name: _row(samples) for name, samples in judged.items()},
         vae=quality["vae_psnr_db"],
     )
     update(out, **quality)

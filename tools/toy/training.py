@@ -365,7 +365,8 @@ def train_network(
         latents, cond = _training_batch(engine, clips, chosen, context, recipe.text_dropout, generator)
         idx = _spread_timesteps(recipe, engine.loss_fn.sigma_sampler.num_idx, generator)
         with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=BFLOAT16):
-            each = engine.loss_fn(engine.model, engine.denoiser, latents, cond, generator=generator, idx=idx)
+            given = engine.network_kwargs(len(latents), latents.device)
+            each = engine.loss_fn(engine.model, engine.denoiser, latents, cond, generator=generator, idx=idx, **given)
         loss = each.mean()
         share = rate_share(step, recipe.num_steps, warmup=recipe.warmup, floor=0.0)
         _apply(optimizers, parameters, list(torch.autograd.grad(loss, parameters)), share)
@@ -425,23 +426,38 @@ def _training_batch(
     dropped = torch.rand(len(chosen), generator=generator) < text_dropout
     cond = {"crossattn": context.masked_fill(dropped[:, None, None], 0.0)}
     if engine.noised_image_input:
-        image = torch.zeros_like(latents)
-        image[:, :1] = clips.first[chosen] * engine.scale_factor
+        first = clips.first[chosen] * (engine.scale_factor if engine.scale_image_latents else 1.0)
+        image = engine.image_condition(first, latents.shape[1])
         dropped = torch.rand(len(chosen), generator=generator) < engine.noised_image_dropout
         cond["concat"] = image.masked_fill(dropped[:, None, None, None, None], 0.0)
-    return latents, cond
+    return engine.padded(latents), cond
 
 
 @torch.no_grad()
-def start_from(network: nn.Module, load: str) -> None:
-    """Start an image-to-video network from a text-to-video checkpoint; the image latents have no effect at first."""
-    stored = read_weights(find_weights(load))
+def start_from(engine: nn.Module, load: str) -> None:
+    """Start the engine's network from that of a checkpoint with the same blocks, so that it first does what that did.
+
+    What the other one lacks has no effect at first: image latents, and ``ofs``. A temporal patch of several frames
+    starts from the mean of what each of them was embedded to, and with the same output for each; columns of image
+    latents are multiplied by `scale_factor` if the latents are not. The other network has no temporal patches.
+    """
+    stored, network, patch = read_weights(find_weights(load)), engine.network, engine.network.patch_size
     for name, parameter in network.state_dict().items():
+        if name.startswith("ofs_embed."):
+            if name.startswith("ofs_embed.2."):  # the last layer
+                parameter.zero_()
+            continue
         value = stored[f"model.diffusion_model.{name}"].compute().to(parameter.dtype)
         if name == "mixins.patch_embed.proj.weight":
-            # (D, C, p, p) of the noisy latents; the C channels of the image follow them in the network.
+            # Columns are patches in the order c, pt, ph, pw; the C channels of the image follow those of the latents.
+            value = value.reshape(len(value), -1, 1, *patch[1:]).repeat(1, 1, patch[0], 1, 1) / patch[0]
+            if not engine.scale_image_latents:
+                value[:, network.out_channels :] *= engine.scale_factor
             value = value.flatten(1)
             parameter.zero_()
             parameter[:, : value.shape[1]] = value
+        elif name.startswith("mixins.final_layer.linear."):
+            parts = value.unflatten(0, (network.out_channels, 1, -1))
+            parameter.copy_(parts.repeat_interleave(patch[0], dim=1).flatten(0, 2))
         else:
             parameter.copy_(value)

@@ -40,7 +40,7 @@ def video(folder: Path, **record) -> Path:
 
 def test_models_and_presets_are_those_of_the_folder(models, tmp_path):
     names = list(models)
-    assert names[:3] == ["toy", "toy_i2v", "toy_lora"], "those with weights come first"
+    assert names[:4] == ["toy", "toy1.5_i2v", "toy_i2v", "toy_lora"], "those with weights come first"
     assert models["toy_i2v"].image2video and not models["toy"].image2video and models["toy_lora"].adapters
     assert models["cogvideox_5b"].values["guidance_scale"] == 6 and not models["cogvideox_5b"].ready
     assert list(presets(CONFIGS, "memory"))[:3] == ["8gb", "12gb", "16gb"]

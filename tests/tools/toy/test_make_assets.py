@@ -12,6 +12,7 @@ import torch
 import training
 
 from sgm.config.load import load_config
+from sgm.modules.embeddings import patchify, unpatchify
 from sgm.util import InputError, instantiate_from_config
 
 ROOT = Path(__file__).parents[3]
@@ -24,7 +25,7 @@ def outputs(tmp_path_factory):
     folders = [tmp_path_factory.mktemp("one") / "toy", tmp_path_factory.mktemp("two") / "toy"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        for folder, stages in zip(folders, (["all"], ["clips", "text", "vae", "t2v", "i2v"]), strict=True):
+        for folder, stages in zip(folders, (["all"], ["clips", "text", "vae", *make_assets.NETWORKS]), strict=True):
             assert make_assets.main(["--fast", "--out", str(folder), "--stage", *stages]) == 0
     torch.set_num_threads(num_threads)
     return folders
@@ -53,6 +54,7 @@ def test_the_released_layout_is_complete(outputs):
         "transformer/latest",
         "transformer/3/mp_rank_00_model_states.pt",
         "transformer_i2v/latest",
+        "transformer1.5_i2v/latest",
         "videos/000000.mp4",
         "labels/000000.txt",
     }
@@ -68,8 +70,7 @@ def test_the_same_seed_gives_the_same_files(outputs):
     assert differing == ["quality.json"], "torch.save adds a random name, so digests differ too"
     assert report.training_steps(outputs[1]) == {
         "vae": make_assets.Recipe().shortened().vae.num_steps,
-        "t2v": 3,
-        "i2v": 3,
+        **dict.fromkeys(make_assets.NETWORKS, 3),
     }
 
 
@@ -110,6 +111,28 @@ def test_the_autoencoder_sees_land_and_the_known_world_in_their_shares(monkeypat
     assert has_land.float().mean() == pytest.approx(0.3, abs=0.2)
     greens = (ground[has_land, 1, 0] + 1) / 2
     assert 0.75 <= greens.min() < greens.max() <= 1.0
+
+
+@torch.no_grad()
+def test_a_network_with_temporal_patches_starts_as_the_one_without(monkeypatch):
+    """Of two equal frames it sees the same tokens as the other network of one, and answers the same for both."""
+    monkeypatch.chdir(ROOT)
+    one, two = (
+        instantiate_from_config(load_config([config], mode="inference").engine)
+        for config in (make_assets.I2V, make_assets.I2V_1_5)
+    )
+    one.load_weights("assets/toy/transformer_i2v", dtype=torch.float32, device=torch.device("cpu"))
+    training.start_from(two, "assets/toy/transformer_i2v")
+    latents, image = torch.randn(2, 1, 1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    tokens = one.network.mixins["patch_embed"].proj(patchify(torch.cat((latents, image * 2.0), dim=2), (1, 2, 2)))
+    pairs = torch.cat((latents, image), dim=2).repeat(1, 2, 1, 1, 1)  # the other network gets unscaled image latents
+    embedded = two.network.mixins["patch_embed"].proj(patchify(pairs, (2, 2, 2)))
+    torch.testing.assert_close(embedded, tokens, atol=1e-5, rtol=0)
+    answers = [
+        unpatchify(engine.network.mixins["final_layer"].linear(tokens), (1, 4, 4), engine.network.patch_size)
+        for engine in (one, two)
+    ]
+    torch.testing.assert_close(answers[1], answers[0].repeat(1, 2, 1, 1, 1), atol=1e-6, rtol=0)
 
 
 def test_timesteps_are_spread_over_their_distribution():
