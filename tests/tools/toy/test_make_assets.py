@@ -135,6 +135,20 @@ def test_a_network_with_temporal_patches_starts_as_the_one_without(monkeypatch):
     torch.testing.assert_close(answers[1], answers[0].repeat(1, 2, 1, 1, 1), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
+def test_muon_in_float32_is_that_of_torch(shape):
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for cls, more in ((training.Float32Muon, {}), (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"})):
+        matrix = torch.nn.Parameter(start.clone())
+        optimizer = cls([matrix], lr=0.1, weight_decay=0.1, **more)
+        for step in range(3):
+            matrix.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step + 1))
+            optimizer.step()
+        ends.append(matrix.detach() - start)
+    assert (ends[0] - ends[1]).norm() <= 0.02 * ends[1].norm(), "torch rounds to bfloat16"
+
+
 def test_timesteps_are_spread_over_their_distribution():
     recipe = training.NetworkRecipe(batch_size=1000, timesteps=(0.5, 1.2))
     idx = training._spread_timesteps(recipe, 1000, torch.Generator().manual_seed(0))
