@@ -85,6 +85,7 @@ def test_the_toy():
     assert (found.kind, found.model, found.generation) == ("SAT network", "toy", "1.0")
     assert found.iterations == ("5000",)
     assert inspect_checkpoint(TOY / "transformer_i2v").model == "toy I2V"
+    assert inspect_checkpoint(TOY / "transformer1.5_i2v").model == "toy 1.5 I2V"
     assert inspect_checkpoint(TOY / "vae" / "3d-vae.pt").kind == "SAT autoencoder"
     found = inspect_checkpoint(TOY / "t5")
     assert (found.kind, found.dtypes) == ("T5 encoder", {"float32": found.num_tensors})
@@ -102,7 +103,7 @@ def adapters(width: int = 64) -> dict[str, torch.Tensor]:
     return result
 
 
-@pytest.mark.parametrize(("width", "models"), [(64, 0), (128, 2), (1920, 1), (3072, 4)])
+@pytest.mark.parametrize(("width", "models"), [(64, 0), (128, 3), (1920, 1), (3072, 4)])
 def test_adapters_of_sat_and_of_diffusers(tmp_path, width, models):
     save_network(tmp_path / "sat", 7, adapters(width), patch_size=2, adapters=INFO)
     export_lora(tmp_path / "sat", tmp_path / "diffusers")
