@@ -6,8 +6,8 @@ Run from the root of the repository; about two hours on two CPU cores that compu
     python tools/toy/make_assets.py --stage quality    measure what is there
     python tools/toy/make_assets.py --fast --out outputs/toy_fast    a few steps of everything, to see that it runs
 
-configs/toy.yaml, toy_i2v.yaml and toy1.5_i2v.yaml give the architecture. A stage depends on the seed and on the files that
-earlier stages have written into the output folder, so it can be repeated alone. Trainings write their state into
+configs/toy.yaml, toy_i2v.yaml and toy1.5_i2v.yaml give the architecture. A stage depends on the seed and on the files
+that earlier stages have written into the output folder, so it can be repeated alone. Trainings write their state into
 ``work`` in that folder every minute; the same command again goes on from there, and removes it when all is made. The
 stages ``land`` and ``figures`` use the model files as they are, so they need the default folder.
 """
