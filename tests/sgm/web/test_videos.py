@@ -221,8 +221,8 @@ def test_loras_and_whole_weights_are_told_apart(tmp_path):
     (tmp_path / "gone.safetensors").symlink_to("nowhere")
     folders = [tmp_path, Path("assets")]
     assert find_loras(folders) == [Path("assets/toy_land"), tmp_path / "other.safetensors"]
-    whole = {tmp_path / "empty", Path("assets/toy/transformer"), Path("assets/toy/transformer_i2v")}
-    assert {*find_trained(folders)} == whole
+    toys = {Path("assets/toy") / name for name in ("transformer", "transformer_i2v", "transformer1.5_i2v")}
+    assert {*find_trained(folders)} == {tmp_path / "empty", *toys}
 
 
 def test_unfinished_and_strange_files_are_no_history(tmp_path):
