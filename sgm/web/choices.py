@@ -69,6 +69,7 @@ class Model:
         values: control → what the file sets, of those that the page shows.
         geometry: its frame counts; None for a file whose network cannot be read, which sampling explains.
         fps: frames per second of its videos.
+        example: the first prompt of its prompt file, or of ``test.txt`` beside it; empty if there is none.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Model:
     values: dict[str, Any] = field(default_factory=dict)
     geometry: Geometry | None = None
     fps: int = SamplingArgs.sampling_fps
+    example: str = ""
 
     def video_frames(self, latents: int, *, loop: bool = False) -> int | None:
         """Return the video frames of a value of ``args.sampling_num_frames``; None if there are none, or unknown."""
@@ -134,9 +136,19 @@ def _read_model(path: Path) -> Model | None:
             values=values,
             geometry=Geometry.from_network(model["network_config"]["params"]),
             fps=int(args.get("sampling_fps", SamplingArgs.sampling_fps)),
+            example=_first_prompt(shipped(args.get("input_file") or str(path.with_name("test.txt")))),
         )
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         return None
+
+
+def _first_prompt(file: str) -> str:
+    """Return the first line of a prompt file, without its image; empty if it cannot be read."""
+    try:
+        with open(file, encoding="utf-8") as lines:
+            return next(lines, "").partition("@@")[0].strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def find_folders(folders: Sequence[Path], name: str) -> list[Path]:

@@ -23,6 +23,7 @@ PYTHON = sys.executable
 POLL_SECONDS, GRACE_SECONDS = 0.1, 10  # between looks at a job; before a process that does not end is killed
 LOG, PROGRESS, PREVIEW = "log.txt", "progress.json", "preview.jpg"
 _ERROR = re.compile(r"(?ms)^error: (.*)\Z")
+_NOTICED = ("prompt cut: ",)  # messages of a run that ends well, which whoever asked for it should see
 _LAST_LINES = 5  # of a log without a message
 
 
@@ -148,6 +149,11 @@ class Job:
             return (self.folder / LOG).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return ""
+
+
+def notices_in(log: str) -> list[str]:
+    """Return the messages of a log that belong beside its result."""
+    return [line for line in log.splitlines() if line.startswith(_NOTICED)]
 
 
 def message_in(log: str) -> str:

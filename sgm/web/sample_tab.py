@@ -1,7 +1,7 @@
 """The tab that samples: settings, progress, cancelling, and two settings side by side."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,22 @@ from sgm.web import videos
 from sgm.web.browsers import owner_of
 from sgm.web.choices import Folders, Model, find_loras, find_trained, inside, presets
 from sgm.web.controls import BASIC, CONTROLS, MORE, STRENGTH, number
-from sgm.web.jobs import CancelledError, Job, Jobs
+from sgm.web.jobs import CancelledError, Job, Jobs, notices_in
 from sgm.web.sessions import Sessions, thumbnail
-from sgm.web.videos import Request
+from sgm.web.videos import AUTO, Request
 from sgm.web.view import HIDDEN, WIDTH, View, Words, failed, plain, working
 from sgm.web.words import say
 
 # What may differ on the right of a comparison; the other settings are those on the left.
 COMPARED = ("num_steps", "guidance_scale")
+PROMPT = BASIC[0]
+MAX_LABEL = 200  # characters
 MAX_LORAS = 4  # on the page; a file of the command line takes any number
 Lora = tuple[Path, float | None]  # with its strength; None: the default
 SHOW_STATUS = """() => document.getElementById("status").scrollIntoView(
     {block: innerWidth > 640 ? "nearest" : "center"})"""
+PLAY_TOGETHER = """() => setTimeout(() => document.querySelectorAll("#video video, #second video").forEach(
+    video => { video.currentTime = 0; video.play(); }), 300)"""
 NONE = "none"  # on the right of a comparison: without LoRAs, or the model's own weights
 
 
@@ -77,7 +81,8 @@ class SampleTab:
         self.outputs = [status, first_video, second_video, log]
         quiet: Any = {"outputs": self.outputs, "concurrency_limit": None, "show_progress": "hidden"}
         run.click(self.sample, [language, *self.given], api_name="sample", **quiet)
-        both.click(self.compare, [language, *compared, *self.given], api_name="compare", **quiet)
+        pair = both.click(self.compare, [language, *compared, *self.given], api_name="compare", **quiet)
+        pair.then(None, js=PLAY_TOGETHER, api_visibility="private")
         for button in (run, both):  # the status may be out of sight, on a telephone far below
             button.click(None, js=SHOW_STATUS, api_visibility="private")
         cancel.click(self.cancel, [language], [status], api_name="cancel", concurrency_limit=None)
@@ -89,7 +94,10 @@ class SampleTab:
             show_progress="hidden",
             api_visibility="private",
         )
-        self.model.input(self.use_model, [self.model], [self.image_group, *self.flat], api_visibility="private")
+        prompt = self.components[PROMPT]
+        self.model.input(
+            self.use_model, [self.model, *prompt], [self.image_group, *self.flat], api_visibility="private"
+        )
         self.upload.upload(self.take_image, [language, self.upload], [self.upload, self.picture], api_name="image")
 
     @property
@@ -99,9 +107,9 @@ class SampleTab:
 
     def _build_settings(self, first: Model) -> None:
         self.model = self.view.make(
-            gr.Dropdown, {"label": "model"}, choices=list(self.models), value=first.name, elem_id="model"
+            gr.Dropdown, {"label": "model", "choices": self._offered}, value=first.name, elem_id="model"
         )
-        self.components = {name: self._control(name, first) for name in BASIC[:1]}
+        self.components = {name: self._control(name, first) for name in (PROMPT,)}
         with gr.Group(visible=first.image2video) as self.image_group:
             self.upload = self.view.make(
                 gr.UploadButton, {"label": "image"}, file_types=["image"], type="filepath", elem_id="upload"
@@ -122,6 +130,11 @@ class SampleTab:
         (self.latents,), (self.loop,) = (self.components[name] for name in ("sampling_num_frames", "loop"))
         self.flat = [component for parts in self.components.values() for component in parts]
         self.choices = [self.model, load, self.memory, self.speed, preview]
+
+    def _offered(self, language: str) -> list[tuple[str, str]]:
+        """Return label and name of each model."""
+        missing = say(language, "model.missing")
+        return [(name if model.ready else f"{name}{missing}", name) for name, model in self.models.items()]
 
     def _build_loras(self) -> None:
         """Make the rows of LoRAs with strengths; each appears once the one before it is chosen."""
@@ -161,7 +174,7 @@ class SampleTab:
         return both, [lora, strength, speed, *numbers]
 
     def _control(self, name: str, model: Model) -> list[Any]:
-        value = model.values.get(name, CONTROLS[name].default)
+        value = model.example if name == PROMPT else model.values.get(name, CONTROLS[name].default)
         fixed = {"info": self._length("en", model, value)} if name == "sampling_num_frames" else {}
         return self.view.control(CONTROLS[name], value, **fixed)
 
@@ -184,7 +197,12 @@ class SampleTab:
 
     def _preset(self, kind: str, none: str) -> Any:
         names = list(self.files[kind])
-        words = {"label": kind, "choices": lambda language: [(say(language, none), ""), *((n, n) for n in names)]}
+
+        def choices(language: str) -> list[tuple[str, str]]:
+            automatic = [(say(language, "memory.auto"), AUTO)] if kind == "memory" else []
+            return [(say(language, none), ""), *automatic, *((name, name) for name in names)]
+
+        words: dict[str, Words] = {"label": kind, "choices": choices}
         return self.view.make(gr.Dropdown, words, value="", min_width=WIDTH)
 
     # --- Handlers: what the browser sends is checked here, since anybody can send anything.
@@ -214,7 +232,9 @@ class SampleTab:
             changed = {name: value for name, value in numbers.items() if number(value) is not None}
             return [left, dataclasses.replace(right, loras=loras, values={**right.values, **changed})]
 
-        yield from self._run(request, language, both)
+        changes = {"lora": lora, "control.strength": strength, "speed": speed}
+        changes |= {f"control.{name}": value for name, value in zip(COMPARED, (steps, scale), strict=True)}
+        yield from self._run(request, language, both, _difference(language, changes))
 
     def _compared(self, language: str, left: Sequence[Lora], lora: str, strength: Any) -> Sequence[Lora]:
         """Return the LoRAs on the right of a comparison.
@@ -229,10 +249,11 @@ class SampleTab:
         return left if strength is None else [(left[0][0], strength), *left[1:]]
 
     def _run(
-        self, request: gr.Request, language: str, asked: Callable[[str], list[Request]]
+        self, request: gr.Request, language: str, asked: Callable[[str], list[Request]], difference: str = ""
     ) -> Iterator[tuple[Any, ...]]:
-        """Queue what is asked for, and show it."""
-        yield plain(say(language, "state.starting")), None, gr.update(value=None, visible=HIDDEN), ""
+        """Queue what is asked for, and show it; `difference` is the label of a second video."""
+        second = gr.update(value=None, visible=HIDDEN, **({"label": difference} if difference else {}))
+        yield plain(say(language, "state.starting")), None, second, ""
         commands, owner = [], owner_of(request)
         try:
             for one in asked(str(request.session_hash)):
@@ -285,7 +306,8 @@ class SampleTab:
             return failed(language, said, wrong_input=False), gr.skip(), gr.skip(), job.log()
         video = gr.update(value=shown, visible=True)
         places = (video, gr.skip()) if part == 0 else (gr.skip(), video)
-        return plain(say(language, "state.done", path=path)), *places, job.log()
+        log = job.log()
+        return plain(say(language, "state.done", path=path), *notices_in(log)), *places, log
 
     def _request(
         self,
@@ -310,7 +332,7 @@ class SampleTab:
         if chosen.image2video and image is None:
             raise InputError(say(language, "image.none"))
         files = []
-        for kind, name in (("memory", memory), ("speed", speed)):
+        for kind, name in (("memory", "" if memory == AUTO else memory), ("speed", speed)):
             if name and name not in self.files[kind]:
                 raise InputError(f"'{name}' is no preset in configs/{kind}; there are {', '.join(self.files[kind])}")
             files += [self.files[kind][name]] if name else []
@@ -321,7 +343,10 @@ class SampleTab:
             for lora, strength in zip(pairs[::2], pairs[1::2], strict=True)
             if lora
         ]
-        return Request(chosen, self.values_of(flat), image, path, files, loras, bool(preview))
+        values = self.values_of(flat)
+        if not str(values[PROMPT] or "").strip():
+            raise InputError(say(language, "prompt.none"))
+        return Request(chosen, values, image, path, files, memory == AUTO, loras, preview=bool(preview))
 
     def values_of(self, flat: Sequence[Any]) -> dict[str, Any]:
         """Return control → value, of the values of all components."""
@@ -358,10 +383,12 @@ class SampleTab:
         empty = [("", STRENGTH.default)] * (MAX_LORAS - len(loras))
         return [value for pair in [*loras, *empty] for value in pair]
 
-    def use_model(self, name: str) -> list[Any]:
-        """Show the settings of a model's file."""
+    def use_model(self, name: str, prompt: str) -> list[Any]:
+        """Show the settings of a model's file, and its example unless a prompt of one's own stands there."""
         model = self.models[name]
-        return [gr.update(visible=model.image2video), *self.flat_values(model.values)]
+        is_own = prompt.strip() and prompt not in {other.example for other in self.models.values()}
+        example = {} if is_own else {PROMPT: model.example}
+        return [gr.update(visible=model.image2video), *self.flat_values(model.values | example)]
 
     def length(self, language: str, name: str, latents: Any, loop: bool) -> Any:
         """Say below the latent frames how long the video is."""
@@ -387,6 +414,12 @@ class SampleTab:
         except InputError as error:
             return gr.update(value=None), failed(language, error, wrong_input=True)
         return gr.update(value=None), small(path)
+
+
+def _difference(language: str, changes: Mapping[str, Any]) -> str:
+    """Return what is changed in the second video of a comparison: key of the words → value, empty for the same."""
+    given = [f"{say(language, key)} {value}" for key, value in changes.items() if value not in (None, "")]
+    return f"{say(language, 'video.second')}: {', '.join(given)}"[:MAX_LABEL]
 
 
 def small(picture: Path) -> str:

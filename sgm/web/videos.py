@@ -22,6 +22,7 @@ from sgm.web.jobs import PREVIEW, Command
 
 MAX_HISTORY = 60
 SCRIPT = "sample_video.py"
+AUTO = "auto"  # of the memory presets: the one that fits
 OWNER = ".owner"  # file: whose the results in its folder are
 _NO_CONTROL = "video strength mask inversion start end held_frames control control_strength".split()  # in records
 
@@ -36,6 +37,7 @@ class Request:
         image: the first frame, for image to video.
         load: trained weights instead of the model's own.
         presets: files of ``configs/memory`` and ``configs/speed``.
+        fit_memory: whether the settings of memory are chosen by what is free: ``args.memory: auto``.
         loras: with their strengths; None: 1.
         preview: whether a picture of the video is wanted while it is made.
     """
@@ -45,6 +47,7 @@ class Request:
     image: Path | None = None
     load: Path | None = None
     presets: Sequence[Path] = ()
+    fit_memory: bool = False
     loras: Sequence[tuple[Path, float | None]] = ()
     preview: bool = False
 
@@ -57,6 +60,7 @@ class Request:
         files = [str(self.model.file), *map(str, self.presets)]
         preview = output / PREVIEW if self.preview else None
         more = {"args.load": self.load, "args.image": self.image, "args.output_dir": output, "args.preview": preview}
+        more["args.memory"] = AUTO if self.fit_memory else None
         given = [override(key, str(path)) for key, path in more.items() if path is not None]
         loras = loras_override([(str(path), strength) for path, strength in self.loras])
         return [SCRIPT, "--base", *files, *overrides(self.values), *loras, *given]
@@ -159,14 +163,17 @@ def settings_of(video: Video, models: Mapping[str, Model], folders: Folders) -> 
         frames, loop = record.get("num_frames"), bool(record.get("loop"))
         made = model.latent_frames(frames, loop=loop) if isinstance(frames, int) else None
         known["sampling_num_frames"] = default(made, model.values["sampling_num_frames"])
+    fit_memory = False
     for word in record.get("overrides", ()):
         key, _, value = str(word).partition("=")
         name = key.removeprefix("args.")
+        fit_memory = fit_memory or (key == "args.memory" and _read(value) == AUTO)
         # What a record has is what a reference has become.
         if key.startswith("args.") and name in CONTROLS and name not in record and fits(name, _read(value)):
             known[name] = _read(value)
     for kind in ("memory", "speed"):
         known[kind] = next((name for name, path in presets(folders.configs, kind).items() if str(path) in files), None)
+    known["memory"] = AUTO if fit_memory else known["memory"]
     known["model"] = None if model is None else model.name
     known["load"] = (
         record.get("load") if any(str(word).startswith("args.load=") for word in record.get("overrides", ())) else None

@@ -79,7 +79,7 @@ class View:
             return [self.make(gr.Checkbox, words, value=bool(value), **same)]
         if control.kind == "choice":
             words["choices"] = lambda language: [
-                (say(language, "preset.none"), ""),
+                (say(language, "empty"), ""),
                 *((choice, choice) for choice in control.choices),
             ]
             return [self.make(gr.Dropdown, words, value=value or "", **same)]
@@ -109,9 +109,9 @@ def hint(language: str, control: Control) -> str:
     return " ".join(parts)
 
 
-def plain(text: str) -> str:
-    """Return a line of status."""
-    return f'<div class="status">{as_html(text)}</div>'
+def plain(*lines: str) -> str:
+    """Return lines of status."""
+    return f'<div class="status">{"<br>".join(map(as_html, lines))}</div>'
 
 
 def failed(language: str, error: Exception, *, wrong_input: bool) -> str:

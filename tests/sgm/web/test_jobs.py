@@ -12,7 +12,7 @@ import pytest
 from sgm.inference.progress import PROGRESS_FILE, Progress, progress, read_progress
 from sgm.util import InputError, RunError
 from sgm.web import jobs
-from sgm.web.jobs import CancelledError, Command, Job, Jobs, message_in
+from sgm.web.jobs import CancelledError, Command, Job, Jobs, message_in, notices_in
 
 COUNTS = """
 import json, os, sys, time
@@ -159,3 +159,8 @@ def test_a_run_writes_its_progress_only_if_somebody_asks(tmp_path, monkeypatch):
     assert read_progress(path) == Progress("steps", 2, 2) and os.listdir(tmp_path) == ["progress.json"]
     monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / "none" / "progress.json"))
     assert list(progress(range(2), "steps")) == [0, 1], "nobody's reading fails no run"
+
+
+def test_a_cut_prompt_is_told_beside_the_result():
+    cut = "prompt cut: it has 32 tokens and max_length is 16; dropped: 'b' (prompt: 'a b')"
+    assert notices_in(f"loading T5\n{cut}\nwrote a.mp4: a prompt cut: b\n") == [cut]

@@ -24,6 +24,7 @@ from sgm.web.browsers import COOKIE
 from sgm.web.choices import Folders
 from sgm.web.controls import BASIC, CONTROLS
 from sgm.web.jobs import CancelledError
+from sgm.web.sample_tab import _difference
 from tests.processes import forked_python
 
 LAND, OTHER = Path("assets/toy_land"), "same_land"  # two LoRAs
@@ -98,7 +99,8 @@ def test_the_toy_is_sampled_compared_and_found_again(page, client, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"prompt": " "}, "args.prompt is empty"),
+        ({"prompt": " "}, "The prompt is empty: write what the video shows."),
+        ({"prompt": None, "language": "zh"}, "提示词为空"),
         ({"num_steps": 0}, "args.num_steps is 0; give a whole number of at least 1"),
         ({"load": "/etc"}, "is not in the folders of this page"),
         ({"load": "../.."}, "is not in the folders of this page"),
@@ -208,13 +210,41 @@ def test_a_comparison_whose_right_side_does_not_fit_leaves_no_folder(page, clien
 
 def test_a_model_brings_its_settings_and_the_length_of_its_video(page):
     sampling = page._sampling
-    group, *flat = sampling.use_model("cogvideox_5b_i2v")
+    group, *flat = sampling.use_model("cogvideox_5b_i2v", "a pig flies")
     values = sampling.values_of(flat)
+    assert values["prompt"] == gradio.skip(), "one's own"
     assert group["visible"] is True and values["guidance_scale"] == 6 and values["seed"] == gradio.skip(), "it stays"
     assert "17 frames, 2.1 s" in sampling.length("en", "toy", "", loop=False)["info"]
     assert "9 frames" in sampling.length("en", "toy", "3", loop=False)["info"]
     for name, latents in (("huge", 3), ("toy", 0), ("toy", "x")):
         assert sampling.length("en", name, latents, loop=False)["info"] == "", "sampling says what is wrong"
+
+
+def test_a_model_brings_an_example_in_the_place_of_another_and_says_if_its_weights_are_missing(page):
+    sampling = page._sampling
+    for before in ("", " ", sampling.models["toy"].example):
+        _, *flat = sampling.use_model("cogvideox_5b", before)
+        assert sampling.values_of(flat)["prompt"].startswith("A golden retriever trots along a wet beach")
+    assert sampling.models["toy_i2v"].example == "a red square moves up", "without its image"
+    english, chinese = ({name: label for label, name in sampling._offered(language)} for language in ("en", "zh"))
+    assert english["toy"] == "toy" and english["cogvideox_2b"] == "cogvideox_2b (weights missing)"
+    assert chinese["cogvideox_2b"] == "cogvideox_2b（缺少权重）"
+
+
+def test_memory_is_chosen_by_what_is_free(page, made):
+    asked = {
+        memory: page._sampling._request("w", *given(page, memory=memory)).words(Path("out")) for memory in ("auto", "")
+    }
+    (override,) = [word for word in asked["auto"] if word.startswith("args.memory=")]
+    assert "auto" in override and not any("args.memory" in word for word in asked[""])
+    _, _, _, _, _, memory, *_ = page._history.reuse(NEAR, "en", str(made(overrides=[override])))
+    assert memory == "auto"
+
+
+def test_what_differs_stands_above_the_second_video(page):
+    changes = {"lora": str(LAND), "control.strength": 0.5, "speed": "", "control.num_steps": None}
+    assert _difference("en", changes) == f"With the changed settings: LoRA adapter {LAND}, Strength 0.5"
+    assert _difference("zh", {"control.num_steps": 3}) == "改变后的设置: 采样步数 3"
 
 
 def test_the_language_is_that_of_the_browser_until_another_is_chosen(page):
@@ -575,6 +605,7 @@ def test_a_person_compares_two_loras(window, shots, page):
     for place in ("video", "second"):
         until(window, f"document.querySelector('#{place} video')?.videoWidth === 64")
     assert "Done" in status(window).inner_text()
+    assert f"{OTHER}, Strength 0.5" in window.locator("#second").inner_text()
     window.screenshot(path=shots / "compared.png", full_page=True)
     window.get_by_role("tab", name="History").click()
     until(window, "document.querySelector('#history input')?.value.includes('same_land 0.5')")
