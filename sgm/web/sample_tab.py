@@ -232,7 +232,7 @@ class SampleTab:
             changed = {name: value for name, value in numbers.items() if number(value) is not None}
             return [left, dataclasses.replace(right, loras=loras, values={**right.values, **changed})]
 
-        changes = {"lora": lora, "control.strength": strength, "speed": speed}
+        changes = {"lora": Path(str(lora or "")).name, "control.strength": strength, "speed": speed}
         changes |= {f"control.{name}": value for name, value in zip(COMPARED, (steps, scale), strict=True)}
         yield from self._run(request, language, both, _difference(language, changes))
 
@@ -419,7 +419,7 @@ class SampleTab:
 def _difference(language: str, changes: Mapping[str, Any]) -> str:
     """Return what is changed in the second video of a comparison: key of the words → value, empty for the same."""
     given = [f"{say(language, key)} {value}" for key, value in changes.items() if value not in (None, "")]
-    return f"{say(language, 'video.second')}: {', '.join(given)}"[:MAX_LABEL]
+    return ", ".join(given)[:MAX_LABEL]
 
 
 def small(picture: Path) -> str:

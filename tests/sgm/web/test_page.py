@@ -242,9 +242,9 @@ def test_memory_is_chosen_by_what_is_free(page, made):
 
 
 def test_what_differs_stands_above_the_second_video(page):
-    changes = {"lora": str(LAND), "control.strength": 0.5, "speed": "", "control.num_steps": None}
-    assert _difference("en", changes) == f"With the changed settings: LoRA adapter {LAND}, Strength 0.5"
-    assert _difference("zh", {"control.num_steps": 3}) == "改变后的设置: 采样步数 3"
+    changes = {"lora": LAND.name, "control.strength": 0.5, "speed": "", "control.num_steps": None}
+    assert _difference("en", changes) == f"LoRA adapter {LAND.name}, Strength 0.5"
+    assert _difference("zh", {"control.num_steps": 3}) == "采样步数 3" and _difference("zh", {}) == ""
 
 
 def test_the_language_is_that_of_the_browser_until_another_is_chosen(page):
