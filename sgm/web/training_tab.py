@@ -37,9 +37,8 @@ class TrainingTab:
         make = self.view.make
         with gr.Row():
             model = make(gr.Dropdown, {"label": "train.model"}, choices=list(self.models), value=self._first_model())
-            recipe = make(
-                gr.Dropdown, {"label": "train.recipe"}, choices=list(self.recipes), value=self._first_recipe()
-            )
+            first = trainings.recipe_for(self._first_model(), self.recipes)
+            recipe = make(gr.Dropdown, {"label": "train.recipe"}, choices=list(self.recipes), value=first)
         with gr.Row():
             found = [str(path) for path in trainings.find_data(self.folders.data)]
             # Any path may be sent; `inside` decides.
@@ -59,7 +58,15 @@ class TrainingTab:
         check = make(gr.Button, {"value": "train.check"}, variant="primary", elem_id="check")
         status = gr.HTML(elem_id="check_status")
         # What has no content yet takes no place.
-        says = make(gr.Code, {"label": "train.says"}, language=None, lines=1, max_lines=30, visible=HIDDEN)
+        says = make(
+            gr.Code,
+            {"label": "train.says"},
+            language=None,
+            lines=1,
+            max_lines=30,
+            visible=HIDDEN,
+            elem_id="check_says",
+        )
         command = make(
             gr.Code,
             {"label": "train.command"},
@@ -107,11 +114,6 @@ class TrainingTab:
     def _first_model(self) -> str:
         ready = [model.name for model in self.models.values() if model.ready and model.adapters]
         return (ready or list(self.models))[0]
-
-    def _first_recipe(self) -> str | None:
-        """The recipe that is named after the first model, or the first one."""
-        family = self._first_model().partition("_")[0]
-        return next((name for name in self.recipes if name.startswith(family)), next(iter(self.recipes), None))
 
     def _training(self, language: str, model: str, recipe: str, data: str | None, memory: str) -> Training:
         """Return what is asked for.

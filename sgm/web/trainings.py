@@ -1,7 +1,7 @@
 """Trainings for the page: the command of one, what ``--check`` says of it, and the curves and samples of its folder."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,34 @@ from sgm.web.choices import Model, find_folders
 from sgm.web.videos import Video, finished
 
 SCRIPT = "train_video.py"
+SFT = "_sft"  # ends the names of presets of fine-tuning for one kind of model; "sft" is for all
 SMOOTH_SHARE = 10  # a curve is averaged over this part of its values
 
 
 def find_recipes(configs: Path) -> dict[str, Path]:
-    """Return the training presets by name: files with a data section and without a model."""
+    """Return the training presets by name: files without a model that say what reads the clips, ``data.target``.
+
+    Files that only add keys to such a preset are none, since a training with them alone cannot begin.
+    """
     found = {}
     for path in sorted(configs.glob("*.yaml")):
         try:
             sections = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             continue
-        if isinstance(sections, dict) and "data" in sections and "model" not in sections:
+        if not isinstance(sections, dict) or "model" in sections:
+            continue
+        if isinstance(data := sections.get("data"), dict) and data.get("target"):
             found[path.stem] = path
     return found
+
+
+def recipe_for(model: str, recipes: Iterable[str]) -> str | None:
+    """Return the name of the training preset to begin with: the ``_sft`` of the model's kind, ``sft``, or the first."""
+    names = list(recipes)
+    own = [name for name in names if name.endswith(SFT) and model.startswith(name.removesuffix(SFT))]
+    general = [name for name in names if name == SFT[1:]]
+    return next(iter([*own, *general, *names]), None)
 
 
 def find_data(folders: Sequence[Path]) -> list[Path]:

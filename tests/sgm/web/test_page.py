@@ -645,6 +645,15 @@ def test_a_person_reads_messages_in_either_language_reloads_and_cancels(window, 
     window.locator("#run", has_text="Sample").wait_for()
 
 
+def test_a_person_checks_a_training_as_it_is_offered(window, shots):
+    window.get_by_role("tab", name="Training").click()
+    window.locator("#check").click()
+    window.locator("#check_says", has_text="training clips").wait_for()
+    assert window.locator("#check_status").inner_text().strip() == ""
+    assert "toy_lora.yaml configs/toy_sft.yaml" in window.locator("#command").inner_text()
+    window.screenshot(path=shots / "checked.png", full_page=True)
+
+
 def test_a_person_with_a_telephone_has_all_of_it(window, shots):
     window.set_viewport_size({"width": 375, "height": 740})
     for number, name in enumerate(("sample", "history", "training")):

@@ -271,13 +271,29 @@ def test_uploads_belong_to_their_session(tmp_path):
     assert not sessions.root.exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "presets", "first"),
+    [
+        ("toy_lora", ["sft", "toy_sft"], "toy_sft"),
+        ("toy1.5_i2v", ["sft", "toy_sft"], "toy_sft"),
+        ("cogvideox_2b_lora", ["other", "sft", "toy_sft"], "sft"),
+        ("cogvideox_2b_lora", ["mine", "toy_sft"], "mine"),
+        ("toy_lora", [], None),
+    ],
+)
+def test_the_first_training_preset_fits_the_first_model(model, presets, first):
+    assert trainings.recipe_for(model, presets) == first
+
+
 def test_a_training_is_planned_and_watched(models, tmp_path):
     recipes = trainings.find_recipes(CONFIGS)
     (tmp_path / "broken.yaml").write_text("data: [")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff")
-    (tmp_path / "mine.yaml").write_text("data: {}")
+    (tmp_path / "mine.yaml").write_text("data: {target: data_video.SFTDataset}")
+    (tmp_path / "more.yaml").write_text("data: {params: {mask: true}}")
+    (tmp_path / "null.yaml").write_text("data:")
     assert [*trainings.find_recipes(tmp_path)] == ["mine"], "the other files are not read by a run either"
-    assert {"sft", "toy_sft"} <= recipes.keys() and "inference" not in recipes and "toy" not in recipes
+    assert {"sft", "toy_sft"} <= recipes.keys() and recipes.keys().isdisjoint({"inference", "toy", "toy_masked"})
     plan = Training(models["toy_lora"], recipes["toy_sft"], Path("assets/my toy"))
     options = training.parse(plan.words(check=True)[1:])
     assert options.check and load_config(options.base, options.overrides, mode="train").args.train_data == (
