@@ -17,10 +17,11 @@ from sgm.web.jobs import CancelledError, Command, Job, Jobs
 from sgm.web.sessions import Sessions
 from sgm.web.trainings import Training
 from sgm.web.view import HIDDEN, View, failed, plain, working
-from sgm.web.words import say
+from sgm.web.words import as_html, say
 
 SECONDS = 5  # between looks at a run
 MAX_SAMPLES = 12
+COLORS = {"training": "#4c78a8", "validation": "#f58518"}  # of the curves
 QUARTERS = ("train.quarter.0", "train.quarter.1", "train.quarter.2", "train.quarter.3")
 
 
@@ -104,12 +105,13 @@ class TrainingTab:
         curve = {"inputs": [language, run], "outputs": [state, *curves], "show_progress": "hidden"}
         samples = {"outputs": [gallery, newest], "show_progress": "hidden", "api_visibility": "private"}
         run.change(self.watch, **curve, api_name="watch").then(self.samples, [run, newest], **samples)
-        timer.tick(self.watch, **curve, api_visibility="private").then(self.samples, [run, newest], **samples)
+        for looks in (timer.tick, language.change):
+            looks(self.watch, **curve, api_visibility="private").then(self.samples, [run, newest], **samples)
 
     def _plot(self, title: str, **fixed: Any) -> Any:
-        return self.view.make(
-            gr.LinePlot, {"title": title}, x="iteration", y="loss", color="kind", visible=HIDDEN, **fixed
-        )
+        # The legend is `_legend`, in the language: gradio's would keep the words of the first one.
+        lines: dict[str, Any] = {"x": "iteration", "y": "loss", "color": "kind", "color_map": COLORS}
+        return self.view.make(gr.LinePlot, {"title": title}, **lines, colors_in_legend=[], visible=HIDDEN, **fixed)
 
     def _first_model(self) -> str:
         ready = [model.name for model in self.models.values() if model.ready and model.adapters]
@@ -168,7 +170,7 @@ class TrainingTab:
             return [plain(say(language, "train.none")), *[gr.update(visible=HIDDEN)] * plots]
         last = max(curves[0], key=lambda point: point["iteration"])
         state = say(language, "train.state", iteration=last["iteration"], loss=f"{last['loss']:.4f}")
-        return [plain(state), *(_drawn(language, points) for points in curves)]
+        return [plain(state) + _legend(language, curves[0]), *map(_drawn, curves)]
 
     def samples(self, request: gr.Request, run: str | None, newest: str) -> tuple[Any, str]:
         """Show the sample videos of the evaluations of a run, if there are others than that with `newest`."""
@@ -183,11 +185,29 @@ class TrainingTab:
         return gr.update(value=made, visible=True if made else HIDDEN), now
 
 
-def _drawn(language: str, points: list[dict[str, Any]]) -> Any:
-    """Return what shows a curve, if it has points."""
+def _legend(language: str, points: list[dict[str, Any]]) -> str:
+    """Return what the colours of the curves mean, of those that have points."""
+    kinds = {point["kind"] for point in points}
+    marks = [
+        f'<span style="color: {color}">━</span> {as_html(say(language, kind))}'
+        for kind, color in COLORS.items()
+        if kind in kinds
+    ]
+    return f'<div class="status" id="legend">{" &ensp; ".join(marks)}</div>'
+
+
+def _drawn(points: list[dict[str, Any]]) -> Any:
+    """Return what shows a curve, if it has points.
+
+    The plot in the page keeps the kinds of its first points, and draws no others: each has all of them from the start,
+    those without points as one without a loss, under names that do not change with the language.
+    """
     if not points:
         return gr.update(visible=HIDDEN)
     import pandas  # a dependency of gradio
 
-    shown = [{**point, "kind": say(language, point["kind"])} for point in points]
+    kinds = {point["kind"] for point in points}
+    first = min(point["iteration"] for point in points)
+    none = [{"iteration": first, "loss": None, "kind": kind} for kind in COLORS if kind not in kinds]
+    shown = sorted([*points, *none], key=lambda point: list(COLORS).index(point["kind"]))
     return gr.update(value=pandas.DataFrame(shown), visible=True)

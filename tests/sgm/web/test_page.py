@@ -42,6 +42,7 @@ def page(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(jobs, "PYTHON", forked_python())
     patch.setattr(jobs, "POLL_SECONDS", 0.01)
+    patch.setattr("sgm.web.training_tab.SECONDS", 1)
     folder = tmp_path_factory.mktemp("page")
     for name in ("outputs", "runs"):
         (folder / name).mkdir()
@@ -417,6 +418,11 @@ def test_a_run_that_goes_on_is_followed(page):
     state, curves, *quarters = watching.watch("en", str(run))
     assert [plot["visible"] for plot in quarters] == [True, "hidden", "hidden", "hidden"]
     assert "Iteration 10" in state and curves["visible"] is True and set(curves["value"]["kind"]) == KINDS
+    assert quarters[0]["value"]["kind"].tolist() == ["training", "validation"], "it may still come"
+    assert quarters[0]["value"]["loss"].isna().tolist() == [False, True]
+    chinese, shown, *_ = watching.watch("zh", str(run))
+    assert shown["value"].equals(curves["value"]), "names of colours stay the same"
+    assert "</span> validation" in state and "</span> 验证" in chinese
     nothing, newest = watching.samples(request, str(run), "of another run")
     assert nothing["value"] == [] and nothing["visible"] == "hidden" and newest == ""
     for number in ("10", "20"):
@@ -652,6 +658,45 @@ def test_a_person_checks_a_training_as_it_is_offered(window, shots):
     assert window.locator("#check_status").inner_text().strip() == ""
     assert "toy_lora.yaml configs/toy_sft.yaml" in window.locator("#command").inner_text()
     window.screenshot(path=shots / "checked.png", full_page=True)
+
+
+@pytest.fixture
+def run(page):
+    """The folder of a training that goes on, and a function that adds lines to its metrics; it is removed at last."""
+    folder = page._sampling.folders.runs[0] / "running"
+    (folder / "samples").mkdir(parents=True)
+
+    def add(*lines):
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.writelines(f"{json.dumps(line)}\n" for line in lines)
+
+    yield SimpleNamespace(folder=folder, add=add)
+    shutil.rmtree(folder)
+
+
+CURVES = """[...document.querySelectorAll('#curves .mark-line path')]
+    .filter(path => path.getAttribute('stroke') && path.getBoundingClientRect().width > 100).length"""
+
+
+def test_a_person_watches_a_training_in_either_language(window, shots, run):
+    run.add(*({"iteration": n, "loss": 1 / n} for n in (10, 20, 30)))
+    window.get_by_role("tab", name="Training").click()
+    until(window, f"{CURVES} === 1")
+    run.add(*({"iteration": n, "validation_loss": 2 / n} for n in (10, 20, 30)))
+    until(window, f"{CURVES} === 2")
+    window.screenshot(path=shots / "curves.png", full_page=True)
+    for language, iteration, state, words in (
+        ("中文", 40, "第 40 步", ("训练", "验证")),
+        ("English", 50, "Iteration 50", ("training", "validation")),
+    ):
+        window.get_by_text(language, exact=True).click()
+        for word in words:
+            window.locator("#legend", has_text=word).wait_for()
+        run.add({"iteration": iteration, "loss": 0.1})
+        window.get_by_text(state).wait_for()  # it is drawn again
+        window.wait_for_timeout(500)
+        assert window.evaluate(CURVES) == 2, language
+        window.screenshot(path=shots / f"curves_{language}.png", full_page=True)
 
 
 def test_a_person_with_a_telephone_has_all_of_it(window, shots):
