@@ -16,6 +16,7 @@ from sgm.web.choices import Folders, Model, inside, presets
 from sgm.web.jobs import CancelledError, Command, Job, Jobs
 from sgm.web.sessions import Sessions
 from sgm.web.trainings import Training
+from sgm.web.videos import Video
 from sgm.web.view import HIDDEN, View, failed, plain, working
 from sgm.web.words import as_html, say
 
@@ -103,10 +104,11 @@ class TrainingTab:
         tab.select(self.offer, **listed)
         again.click(self.offer, **listed)
         curve = {"inputs": [language, run], "outputs": [state, *curves], "show_progress": "hidden"}
+        shown = [language, run, newest]
         samples = {"outputs": [gallery, newest], "show_progress": "hidden", "api_visibility": "private"}
-        run.change(self.watch, **curve, api_name="watch").then(self.samples, [run, newest], **samples)
+        run.change(self.watch, **curve, api_name="watch").then(self.samples, shown, **samples)
         for looks in (timer.tick, language.change):
-            looks(self.watch, **curve, api_visibility="private").then(self.samples, [run, newest], **samples)
+            looks(self.watch, **curve, api_visibility="private").then(self.samples, shown, **samples)
 
     def _plot(self, title: str, **fixed: Any) -> Any:
         # The legend is `_legend`, in the language: gradio's would keep the words of the first one.
@@ -172,17 +174,28 @@ class TrainingTab:
         state = say(language, "train.state", iteration=last["iteration"], loss=f"{last['loss']:.4f}")
         return [plain(state) + _legend(language, curves[0]), *map(_drawn, curves)]
 
-    def samples(self, request: gr.Request, run: str | None, newest: str) -> tuple[Any, str]:
-        """Show the sample videos of the evaluations of a run, if there are others than that with `newest`."""
+    def samples(self, request: gr.Request, language: str, run: str | None, newest: str) -> tuple[Any, str]:
+        """Show the sample videos of a run's evaluations, if there are others than those that `newest` stands for."""
         try:
             found = trainings.samples(inside(run or "", self.folders.runs))[:MAX_SAMPLES]
         except InputError:
             found = []  # `watch` says it
-        now = str(found[0].path) if found else ""
+        now = f"{language} {found[0].path}" if found else ""
         if now == newest:
             return gr.skip(), newest
-        made = [(self.sessions.shown(str(request.session_hash), video.path), video.caption) for video in found]
+        made = [
+            (self.sessions.shown(str(request.session_hash), video.path), _caption(language, video, Path(run or "")))
+            for video in found
+        ]
         return gr.update(value=made, visible=True if made else HIDDEN), now
+
+
+def _caption(language: str, sample: Video, run: Path) -> str:
+    """Return the caption of a sample: the iteration first, since the end is cut."""
+    iteration = trainings.iteration_of(sample.path, run)
+    if iteration is None:
+        return sample.caption
+    return say(language, "train.sample", iteration=iteration, caption=sample.caption)
 
 
 def _legend(language: str, points: list[dict[str, Any]]) -> str:

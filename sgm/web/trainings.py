@@ -15,6 +15,7 @@ from sgm.web.choices import Model, find_folders
 from sgm.web.videos import Video, finished
 
 SCRIPT = "train_video.py"
+SAMPLES = "samples"  # folder of a run; in it one for each iteration with an evaluation
 SFT = "_sft"  # ends the names of presets of fine-tuning for one kind of model; "sft" is for all
 SMOOTH_SHARE = 10  # a curve is averaged over this part of its values
 
@@ -111,4 +112,10 @@ def _curve(lines: Sequence[dict[str, Any]], loss: str) -> Iterator[dict[str, Any
 def samples(run: Path) -> list[Video]:
     """Return the sample videos of the evaluations of a run, the newest first, without links to elsewhere."""
     root = run.resolve()
-    return finished(run / "samples", lambda path: path.resolve().is_relative_to(root))
+    return finished(run / SAMPLES, lambda path: path.resolve().is_relative_to(root))
+
+
+def iteration_of(sample: Path, run: Path) -> int | None:
+    """Return the iteration of the evaluation that has made a sample of a run; None if its folder names none."""
+    folder = sample.relative_to(run / SAMPLES).parts[0]
+    return int(folder) if folder.isdecimal() else None

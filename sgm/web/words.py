@@ -150,6 +150,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "train.quarter.2": ("Third quarter of the timesteps", "timestep 四段中的第三段"),
     "train.quarter.3": ("Most noise: last quarter of the timesteps", "噪声最多：timestep 四段中的最后一段"),
     "train.samples": ("Samples at evaluations, the newest first", "评估时的样本，最新在前"),
+    "train.sample": ("iteration {iteration}: {caption}", "第 {iteration} 步：{caption}"),
     "train.state": ("Iteration {iteration}, loss {loss}", "第 {iteration} 步，loss {loss}"),
     "train.none": ("There is no run yet: start the command above.", "还没有运行：请先执行上面的命令。"),
     "train.no_data": (

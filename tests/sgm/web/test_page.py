@@ -374,7 +374,7 @@ def test_what_cannot_be_trained_or_watched_is_said(page, monkeypatch):
     for choice in (("huge", "toy_sft", ""), ("toy_lora", "huge", ""), ("toy_lora", "toy_sft", "huge")):
         *_, (status, _, _) = watching.check(NEAR, "en", *choice[:2], "assets/toy", choice[2])
         assert "is none of" in status
-    assert watching.watch("en", None) == [gradio.skip()] * 6 and watching.samples(NEAR, None, "")[1] == ""
+    assert watching.watch("en", None) == [gradio.skip()] * 6 and watching.samples(NEAR, "en", None, "")[1] == ""
     (empty := folders.runs[0] / "began").mkdir()
     state, *plots = watching.watch("en", str(empty))
     assert "no run yet" in state and {plot["visible"] for plot in plots} == {"hidden"}
@@ -423,7 +423,7 @@ def test_a_run_that_goes_on_is_followed(page):
     chinese, shown, *_ = watching.watch("zh", str(run))
     assert shown["value"].equals(curves["value"]), "names of colours stay the same"
     assert "</span> validation" in state and "</span> 验证" in chinese
-    nothing, newest = watching.samples(request, str(run), "of another run")
+    nothing, newest = watching.samples(request, "en", str(run), "of another run")
     assert nothing["value"] == [] and nothing["visible"] == "hidden" and newest == ""
     for number in ("10", "20"):
         video = run / "samples" / number / "000000.mp4"
@@ -431,9 +431,11 @@ def test_a_run_that_goes_on_is_followed(page):
         video.touch()
         video.with_suffix(".json").write_text('{"prompt": "a"}')
         os.utime(video, (int(number), int(number)))
-        shown, newest = watching.samples(request, str(run), newest)
-        assert len(shown["value"]) == int(number) // 10 and shown["visible"] is True and newest == str(video)
-    assert watching.samples(request, str(run), newest)[0] == gradio.skip(), "videos do not begin again"
+        shown, newest = watching.samples(request, "en", str(run), newest)
+        assert len(shown["value"]) == int(number) // 10 and shown["visible"] is True and newest == f"en {video}"
+        assert shown["value"][0][1] == f"iteration {number}: a"
+    assert watching.samples(request, "en", str(run), newest)[0] == gradio.skip(), "videos do not begin again"
+    assert watching.samples(request, "zh", str(run), newest)[0]["value"][0][1] == "第 20 步：a"
     shutil.rmtree(run)
 
 

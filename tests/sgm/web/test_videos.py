@@ -312,7 +312,9 @@ def test_a_training_is_planned_and_watched(models, tmp_path):
     ]
     assert points == [*((n, 1.0, "training") for n in range(1, 4)), (3, 2.0, "validation")]
     assert quarters == [[], [], [(3, 0.5, "training"), (3, 4.0, "validation")], []]
-    assert len(trainings.samples(run)) == 1
+    (sample,) = trainings.samples(run)
+    assert trainings.iteration_of(sample.path, run) == 10
+    assert trainings.iteration_of(run / "samples" / "by_hand.mp4", run) is None
     video(tmp_path / "elsewhere")
     (run / "samples" / "link.mp4").symlink_to(tmp_path / "elsewhere/0_a/0/000000.mp4")
     (run / "samples" / "link.json").write_text('{"prompt": "a"}')
