@@ -701,6 +701,25 @@ def test_a_person_watches_a_training_in_either_language(window, shots, run):
         window.screenshot(path=shots / f"curves_{language}.png", full_page=True)
 
 
+CUT_TITLES = """[...document.querySelectorAll('.role-title-text text')].filter(title => {
+    const [inner, outer] = [title, title.closest('svg')].map(part => part.getBoundingClientRect());
+    return inner.left < outer.left || inner.right > outer.right || title.textContent.endsWith('…');
+}).map(title => title.textContent)"""
+
+
+def test_a_person_with_a_telephone_reads_the_titles_of_curves(window, shots, run):
+    window.set_viewport_size({"width": 375, "height": 740})
+    quarters = ("loss_0_249", "loss_250_499", "loss_500_749", "loss_750_999")
+    run.add(*({"iteration": n, "loss": 1 / n, **dict.fromkeys(quarters, 1 / n)} for n in (10, 20)))
+    window.get_by_role("tab").nth(2).click()
+    for language, title in (("中文", "噪声最多"), ("English", "most noise")):
+        window.get_by_text(language, exact=True).click()
+        window.locator(".role-title-text", has_text=title).wait_for()
+        until(window, "document.querySelectorAll('.role-title-text text').length === 5")
+        assert window.evaluate(CUT_TITLES) == []
+        window.screenshot(path=shots / f"telephone_curves_{language}.png", full_page=True)
+
+
 def test_a_person_with_a_telephone_has_all_of_it(window, shots):
     window.set_viewport_size({"width": 375, "height": 740})
     for number, name in enumerate(("sample", "history", "training")):
