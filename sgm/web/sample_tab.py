@@ -109,7 +109,7 @@ class SampleTab:
         self.model = self.view.make(
             gr.Dropdown, {"label": "model", "choices": self._offered}, value=first.name, elem_id="model"
         )
-        self.components = {name: self._control(name, first) for name in (PROMPT,)}
+        self.components = {PROMPT: self._control(PROMPT, first)}
         with gr.Group(visible=first.image2video) as self.image_group:
             self.upload = self.view.make(
                 gr.UploadButton, {"label": "image"}, file_types=["image"], type="filepath", elem_id="upload"
@@ -383,11 +383,11 @@ class SampleTab:
         empty = [("", STRENGTH.default)] * (MAX_LORAS - len(loras))
         return [value for pair in [*loras, *empty] for value in pair]
 
-    def use_model(self, name: str, prompt: str) -> list[Any]:
+    def use_model(self, name: str, prompt: str | None) -> list[Any]:
         """Show the settings of a model's file, and its example unless a prompt of one's own stands there."""
         model = self.models[name]
-        is_own = prompt.strip() and prompt not in {other.example for other in self.models.values()}
-        example = {} if is_own else {PROMPT: model.example}
+        examples = {other.example for other in self.models.values()}
+        example = {PROMPT: model.example} if not prompt or not prompt.strip() or prompt in examples else {}
         return [gr.update(visible=model.image2video), *self.flat_values(model.values | example)]
 
     def length(self, language: str, name: str, latents: Any, loop: bool) -> Any:
