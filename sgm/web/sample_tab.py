@@ -16,7 +16,7 @@ from sgm.web.controls import BASIC, CONTROLS, MORE, STRENGTH, number
 from sgm.web.jobs import CancelledError, Job, Jobs, notices_in
 from sgm.web.sessions import Sessions, thumbnail
 from sgm.web.videos import AUTO, Request
-from sgm.web.view import HIDDEN, WIDTH, View, Words, failed, plain, working
+from sgm.web.view import HIDDEN, WIDTH, View, Words, failed, offered, plain, working
 from sgm.web.words import say
 
 # What may differ on the right of a comparison; the other settings are those on the left.
@@ -187,8 +187,7 @@ class SampleTab:
         **fixed: Any,
     ) -> Any:
         def choices(language: str) -> list[tuple[str, str]]:
-            said = [(say(language, key), value) for key, value in ((none, ""), *more)]
-            return [*said, *((str(path), str(path)) for path in find(self.folders.runs))]
+            return offered(list(map(str, find(self.folders.runs))), none, *more)(language)
 
         # A path may be typed as well; `inside` decides.
         words: dict[str, Words] = {"label": label, "choices": choices}
@@ -196,13 +195,8 @@ class SampleTab:
         return self.view.make(gr.Dropdown, words, value="", allow_custom_value=True, min_width=WIDTH, **fixed)
 
     def _preset(self, kind: str, none: str) -> Any:
-        names = list(self.files[kind])
-
-        def choices(language: str) -> list[tuple[str, str]]:
-            automatic = [(say(language, "memory.auto"), AUTO)] if kind == "memory" else []
-            return [(say(language, none), ""), *automatic, *((name, name) for name in names)]
-
-        words: dict[str, Words] = {"label": kind, "choices": choices}
+        automatic = [("memory.auto", AUTO)] if kind == "memory" else []
+        words: dict[str, Words] = {"label": kind, "choices": offered(list(self.files[kind]), none, *automatic)}
         return self.view.make(gr.Dropdown, words, value="", min_width=WIDTH)
 
     # --- Handlers: what the browser sends is checked here, since anybody can send anything.

@@ -17,7 +17,7 @@ from sgm.web.jobs import CancelledError, Command, Job, Jobs
 from sgm.web.sessions import Sessions
 from sgm.web.trainings import Training
 from sgm.web.videos import Video
-from sgm.web.view import HIDDEN, View, failed, plain, working
+from sgm.web.view import HIDDEN, View, failed, offered, plain, working
 from sgm.web.words import as_html, say
 
 SECONDS = 5  # between looks at a run
@@ -52,10 +52,7 @@ class TrainingTab:
                 allow_custom_value=True,
                 elem_id="data",
             )
-            words = {
-                "label": "memory",
-                "choices": lambda language: [(say(language, "preset.none"), ""), *((n, n) for n in self.memory)],
-            }
+            words = {"label": "memory", "choices": offered(list(self.memory), "preset.none")}
             memory = make(gr.Dropdown, words, value="")
         check = make(gr.Button, {"value": "train.check"}, variant="primary", elem_id="check")
         status = gr.HTML(elem_id="check_status")

@@ -1,7 +1,7 @@
 """Components of the page with words in the chosen language, and what a run shows while it works."""
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -78,10 +78,7 @@ class View:
         if control.kind == "switch":
             return [self.make(gr.Checkbox, words, value=bool(value), **same)]
         if control.kind == "choice":
-            words["choices"] = lambda language: [
-                (say(language, "empty"), ""),
-                *((choice, choice) for choice in control.choices),
-            ]
+            words["choices"] = offered(control.choices, "empty")
             return [self.make(gr.Dropdown, words, value=value or "", **same)]
         if control.kind == "text":
             return [self.make(gr.Textbox, words, value=value or "", lines=3 if control.name == "prompt" else 1, **same)]
@@ -99,6 +96,20 @@ class View:
 
 def _spoken(words: Words) -> Callable[[str], Any]:
     return words if callable(words) else lambda language: say(language, words)
+
+
+def offered(values: Sequence[str], none: str, *more: tuple[str, str]) -> Callable[[str], list[tuple[str, str]]]:
+    """Return language → label and value of the choices of a list.
+
+    Args:
+        values: those that are their own labels.
+        none: key of the words for no choice, which comes first.
+        *more: key of the words and value of those that follow it.
+    """
+    return lambda language: [
+        *((say(language, key), value) for key, value in ((none, ""), *more)),
+        *((value, value) for value in values),
+    ]
 
 
 def hint(language: str, control: Control) -> str:
