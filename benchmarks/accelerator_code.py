@@ -12,6 +12,7 @@ import ast
 import linecache
 import re
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,6 +24,9 @@ from torch.utils._pytree import tree_map
 from benchmarks.models import network_section
 from sgm.checks.meta_run import DEVICE, build
 from sgm.modules.block import transformer_block
+from vae_modules.autoencoder import DECODE_CHUNK, PIECE_FRAMES
+from vae_modules.compiled_norms import modulated_planes, row_moments
+from vae_modules.layers import NORM_GROUPS
 
 CAPABILITY = (9, 0)
 _TARGET = torch.device("cuda", 0)
@@ -108,23 +112,12 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     return torch.ops.aten._scaled_dot_product_flash_attention(*parts)[0].transpose(1, 2)
 
 
-def generated_code(model: str = "cogvideox_5b") -> str:
+def block_code(model: str = "cogvideox_5b") -> str:
     """Return the code that torch's compiler generates for a block's forward pass in sampling."""
-    from torch._inductor.compile_fx import _recursive_post_grad_passes
-    from torch._inductor.debug import DebugContext
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.virtualized import V
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     x, given = _inputs_of_a_block(model)
-    hook_args, mode = given.pop("hook_args"), FakeTensorMode(allow_non_fake_inputs=True)
+    hook_args = given.pop("hook_args")
     holder = torch.nn.ModuleList([given["layer"], given["modulation"], *given["norms"]])
     names = [name for name, _ in holder.named_parameters()]
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        with mode:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
     def run(x: torch.Tensor, silu_emb: torch.Tensor, rotation: Any, *weights: torch.Tensor) -> torch.Tensor:
         # Traced as torch.compile would: the block takes the forms for compilers.
@@ -134,6 +127,35 @@ def generated_code(model: str = "cogvideox_5b") -> str:
         with compiles, mock.patch("sgm.modules.compiled_ops.compiles_for_cpu", lambda _: False):
             return torch.func.functional_call(holder, dict(zip(names, weights, strict=True)), ())
 
+    weights = [parameter.detach() for parameter in holder.parameters()]
+    return _generated(run, (x, hook_args["silu_emb"], tuple(hook_args["rotation"]), *weights))
+
+
+def norm_code() -> tuple[str, str]:
+    """Return the code of the VAE's last norm at 480×720: that of its statistics, and that of all that follows them."""
+    planes = torch.empty(128 * PIECE_FRAMES, 480, 720, dtype=torch.bfloat16, device=DEVICE)
+    factor = torch.empty(len(planes), device=DEVICE)
+    of_latents = torch.empty(128 * DECODE_CHUNK, 60, 720, dtype=torch.bfloat16, device=DEVICE)
+    statistics = _generated(row_moments, (planes.view(NORM_GROUPS, -1),))
+    numbers = factor.to(torch.long)
+    return statistics, _generated(modulated_planes, (planes, factor, factor, of_latents, of_latents, numbers))
+
+
+def _generated(run: Callable[..., torch.Tensor], args: tuple[Any, ...]) -> str:
+    """Return the code that torch's compiler generates for a function of tensors of these shapes."""
+    from torch._inductor.compile_fx import _recursive_post_grad_passes
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
     def moved(value: Any) -> Any:
         """A fake tensor of the CPU → one of the target: torch without CUDA cannot trace on it."""
         if not isinstance(value, FakeTensor):
@@ -142,8 +164,7 @@ def generated_code(model: str = "cogvideox_5b") -> str:
             mode, torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta"), _TARGET
         )
 
-    weights = [fake(parameter.detach()) for parameter in holder.parameters()]
-    args = fake(x), fake(hook_args["silu_emb"]), tuple(map(fake, hook_args["rotation"])), *weights
+    args = tree_map(fake, args)
     with torch.no_grad(), mode:
         graph = make_fx(run, decomposition_table=select_decomp_table())(*args)
     with V.set_fake_mode(mode), torch.no_grad(), V.set_debug_handler(DebugContext()):
@@ -196,12 +217,17 @@ def _kernel(name: str, source: str) -> tuple[Any, dict[str, str]]:
 def main() -> int:
     """Print the kernels."""
     _pretend()
-    code = generated_code()
-    sizes = compiled_sizes(code)
-    for name, size in sizes.items():
-        print(f"{name}: {size} bytes of machine code")
-    products, capability = len(re.findall(r"^\s+extern_kernels\.", code, re.MULTILINE)), ".".join(map(str, CAPABILITY))
-    print(f"{len(sizes)} kernels for capability {capability}, beside {products} products and attention")
+    capability = ".".join(map(str, CAPABILITY))
+    code = block_code()
+    products = len(re.findall(r"^\s+extern_kernels\.", code, re.MULTILINE))
+    for what, codes, beside in (
+        ("a block", (code,), f", beside {products} products and attention"),
+        ("a norm of the VAE", norm_code(), ""),
+    ):
+        sizes = [size for each in codes for size in compiled_sizes(each).items()]
+        for name, size in sizes:
+            print(f"{name}: {size} bytes of machine code")
+        print(f"{what}: {len(sizes)} kernels for capability {capability}{beside}")
     return 0
 
 

@@ -195,10 +195,11 @@ class Bench:
     # VAE
 
     @torch.no_grad()
-    def vae(self, model: str, phase: str) -> Figures:
-        """Encoding (8 frames at a time, as diffusers does) or decoding, in turns with diffusers."""
+    def vae(self, model: str, phase: str, *, compiled: bool = False) -> Figures:
+        """Encoding (8 frames at a time, as diffusers does) or decoding, in turns with diffusers, never compiled."""
         chunk = ["model.first_stage_config.params.encode_chunk=8"] if phase == "encode" else []
-        config = sampling_config(model, self.size, *chunk)
+        compiling = ["model.first_stage_config.params.compile=true"] if compiled else []
+        config = sampling_config(model, self.size, *chunk, *compiling)
         vae = build_vae(config.model["first_stage_config"], device=self.device, dtype=DTYPE).requires_grad_(False)
         peer = vae_peer(vae, device=self.device).requires_grad_(False)
         frames, height, width = video_of(config)
@@ -218,11 +219,12 @@ class Bench:
                 part.float()  # as it leaves the device
 
         found = self.setup.compare(phase, ours, theirs)
+        figures = Figures(found.ours, found.diffusers, found.ratio)
+        if compiled:
+            return replace(figures, note=f"first call {found.first_calls[0]:.0f} s")
         weights = num_bytes([vae]) + x.nbytes
-        return Figures(
-            found.ours,
-            found.diffusers,
-            found.ratio,
+        return replace(
+            figures,
             peak=weights + extra_bytes(as_sampled, self.device),
             diffusers_peak=weights + extra_bytes(theirs, self.device),
             estimate=vae_estimate(config, phase, DTYPE),
@@ -300,6 +302,7 @@ def rows(bench: Bench) -> dict[str, Callable[[], Figures]]:
         found[f"5B, sampler, speed/{speed}"] = lambda speed=speed: bench.cached(large, speed)
     for phase in ("encode", "decode"):
         found[f"VAE, {phase}"] = lambda phase=phase: bench.vae(large, phase)
+        found[f"VAE, {phase}, compiled"] = lambda phase=phase: bench.vae(large, phase, compiled=True)
     for name, model in models.items():
         found[f"{name}, LoRA step"] = lambda model=model: bench.training(model, lora=True)
         found[f"{name}, full step"] = lambda model=model: bench.training(model, lora=False)

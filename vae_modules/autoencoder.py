@@ -19,6 +19,7 @@ import sgm.distributed
 from sgm.config.values import AtLeast0, AtLeast1
 from sgm.parallel.sequence import shard_sizes, sum_gradients
 from sgm.util import InputError, instantiate_from_config
+from vae_modules.compiled_norms import CompiledNorms
 from vae_modules.cp_ops import SharedStream, gather_pieces
 from vae_modules.layers import MAX_ELEMENTS, Stream
 from vae_modules.regularizers import DiagonalGaussianRegularizer
@@ -62,6 +63,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         ignore_keys: prefixes of tensors in that file to skip.
         encode_chunk: video frames encoded at a time (a multiple of 8; diffusers takes 8), or None for the whole clip,
             as the models were trained.
+        compile: generate code for norms and what follows them, where no gradients are recorded.
 
     Attributes:
         tiling: a `Tiling` to encode and decode in spatial tiles, see `enable_tiling`; None for whole frames.
@@ -85,6 +87,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         encode_chunk: AtLeast1 | None = None,
+        compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__()
         if cp_size < 0:
@@ -99,6 +102,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         self.max_elements = MAX_ELEMENTS
         self.cp_size = max(cp_size, 1)
         self.decodes_everywhere = True
+        self._compiled_norms = CompiledNorms() if compile else None
         self.encoder = instantiate_from_config(encoder_config)
         self.decoder = instantiate_from_config(decoder_config)
         self.regularization: DiagonalGaussianRegularizer = instantiate_from_config(regularizer_config)
@@ -235,7 +239,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
 
     def _chunks(self, x: torch.Tensor, network: Any, chunk: int, *, scale: float) -> Iterator[torch.Tensor]:
         """Yield the output of `network` for every chunk, on this rank; `scale`: output size / input size, in space."""
-        stream = Stream(self._max_elements(x, network, scale))
+        stream = Stream(self._max_elements(x, network, scale), self._compiled_norms)
         for start, end in itertools.pairwise(_chunk_bounds(x.shape[2], chunk)):
             stream.begin_chunk(is_first=start == 0, is_last=end == x.shape[2])
             yield network(x[:, :, start:end], stream)
@@ -281,11 +285,11 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         x = sum_gradients(x, everyone)  # each rank reads only its own pieces of x
         starts = [0, *itertools.accumulate(lengths)]
         everywhere = network is self.encoder or self.decodes_everywhere
-        limit = self._max_elements(x, network, scales[1])
+        settings = {"max_elements": self._max_elements(x, network, scales[1]), "compiled": self._compiled_norms}
         own = []
         if active is not None:
             rank, size = active.rank(), active.size()
-            stream = SharedStream(active, shares_norms=shares_norms and size > 1, max_elements=limit)
+            stream = SharedStream(active, shares_norms=shares_norms and size > 1, **settings)
             for index in range(rank, len(lengths), size):
                 stream.begin_piece(index, len(lengths))
                 own.append(network(x[:, :, starts[index] : starts[index + 1]], stream))

@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import nn
 
 from sgm.config.values import AtLeast1, Depth, Share, Width
-from sgm.modules.in_place import silu
 from sgm.util import InputError
 from vae_modules.layers import CausalConv3d, Downsample3D, Pieces, ResnetBlock3D, Stream, Upsample3D, each, make_norm
 
@@ -74,7 +73,7 @@ def _middle(channels: int, dropout: float, z_channels: int | None = None) -> nn.
 def _finished(network: Any, h: Pieces, latents: torch.Tensor | None, stream: Stream) -> torch.Tensor:
     """The last norm, activation and convolution; the frames are joined."""
     normalize = network.norm_out(h, latents, stream)
-    made = network.conv_out(each(h, lambda piece, start: silu(normalize(piece, start))), stream)
+    made = network.conv_out(each(h, normalize), stream)
     return made[0] if len(made) == 1 else torch.cat(made, dim=2)
 
 

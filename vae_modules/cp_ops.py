@@ -28,12 +28,12 @@ import torch.distributed as dist
 from torch import nn
 
 from sgm.parallel.sequence import sum_gradients
+from vae_modules.compiled_norms import CompiledNorms
 from vae_modules.layers import (
     MAX_ELEMENTS,
     CausalConv3d,
     Pieces,
     Stream,
-    moments_of,
     normalizer,
     pooled_moments,
 )
@@ -136,10 +136,18 @@ class SharedStream(Stream):
         group: the ranks with a piece.
         shares_norms: whether norm statistics cover the pieces of all ranks.
         max_elements: see `Stream`.
+        compiled: see `Stream`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, shares_norms: bool, max_elements: int = MAX_ELEMENTS) -> None:
-        super().__init__(max_elements)
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        *,
+        shares_norms: bool,
+        max_elements: int = MAX_ELEMENTS,
+        compiled: CompiledNorms | None = None,
+    ) -> None:
+        super().__init__(max_elements, compiled)
         self._neighbours = Neighbours(group)
         self._shares_norms = shares_norms
         self._piece = Piece(self._neighbours, 0, 1)
@@ -171,9 +179,12 @@ class SharedStream(Stream):
         """Normalise by the frames of a rank's piece, or with `shares_norms` by those of all ranks together."""
         if not self._shares_norms:
             return super().group_norm(norm, x)
-        own = pooled_moments(torch.stack([moments_of(piece, norm.num_groups) for piece in x]))
-        _, mean, variance = pooled_moments(_gather_statistics(own, self._neighbours.group))
-        return normalizer(norm, mean, (variance + norm.eps).rsqrt())
+        return normalizer(*self.factors(norm, x))
+
+    def moments(self, norm: nn.GroupNorm, x: Pieces) -> torch.Tensor:
+        """Return the moments of a rank's piece, or with `shares_norms` of those of all ranks together."""
+        own = super().moments(norm, x)
+        return pooled_moments(_gather_statistics(own, self._neighbours.group)) if self._shares_norms else own
 
 
 def _gather_statistics(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -23,6 +23,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from sgm.modules.in_place import silu
+from vae_modules.compiled_norms import CompiledNorms
 from vae_modules.convolutions import Conv2d, Conv3d, UpsamplingConv2d, as_clips, as_frames
 
 NORM_GROUPS = 32
@@ -31,7 +32,7 @@ MAX_ELEMENTS = 2**31 - 1  # of a tensor that a kernel indexes with 32 bits
 
 Pieces = list[torch.Tensor]  # the frames of a chunk, (B, C, t, H, W) each; whoever is given a list may empty it
 
-# Makes the normalised frames of a piece, given the piece and the number of its first frame.
+# Makes the normalised frames of a piece and applies SiLU, given the piece and the number of its first frame.
 Normalizer = Callable[[torch.Tensor, int], torch.Tensor]
 
 
@@ -40,14 +41,16 @@ class Stream:
 
     Args:
         max_elements: of the tensors that a convolution, norm or upsampling gets; see `lengths`.
+        compiled: the norms of generated code, taken where no gradients are recorded.
 
     Attributes:
         is_first: the current chunk starts the clip.
         is_last: no chunk follows; no frames are cached.
     """
 
-    def __init__(self, max_elements: int = MAX_ELEMENTS) -> None:
+    def __init__(self, max_elements: int = MAX_ELEMENTS, compiled: CompiledNorms | None = None) -> None:
         self.max_elements = max_elements
+        self._compiled = compiled
         self.is_first = True
         self.is_last = True
         self._tails: dict[nn.Module, torch.Tensor] = {}
@@ -105,13 +108,29 @@ class Stream:
             self._tails.pop(layer, None)
         return made
 
+    def compiled_norms(self, x: Pieces) -> CompiledNorms | None:
+        """Return the norms of generated code if these pieces take them: not in a dry run, which compiles nothing."""
+        return None if torch.is_grad_enabled() or x[0].is_meta else self._compiled
+
+    def moments(self, norm: nn.GroupNorm, x: Pieces) -> torch.Tensor:
+        """Return the moments of all pieces of a chunk, as `moments_of` does."""
+        compiled = self.compiled_norms(x)
+        if compiled is None:
+            return pooled_moments(torch.stack([moments_of(piece, norm.num_groups) for piece in x]))
+        return pooled_moments(torch.cat([compiled.moments(piece, norm.num_groups) for piece in x]))
+
+    def factors(self, norm: nn.GroupNorm, x: Pieces) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scale and shift of every channel by which all pieces of a chunk are normalised, (B, C) each."""
+        _, mean, variance = self.moments(norm, x)
+        return _factors(norm, mean, (variance + norm.eps).rsqrt())
+
     def group_norm(self, norm: nn.GroupNorm, x: Pieces) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the function that normalises a piece with the statistics of all pieces of a chunk."""
         if len(x) == 1:
             return lambda piece: F.group_norm(piece, norm.num_groups, norm.weight, norm.bias, norm.eps)
         if torch.is_grad_enabled():
-            return normalizer(norm, *_Statistics.apply(norm, *x))
-        return normalizer(norm, *_statistics(norm, x))
+            return normalizer(*_factors(norm, *_Statistics.apply(norm, *x)))
+        return normalizer(*_factors(norm, *_statistics(norm, x)))
 
 
 def num_frames(x: Pieces) -> int:
@@ -224,16 +243,18 @@ class _Statistics(torch.autograd.Function):
         return None, *grads
 
 
-def normalizer(norm: nn.GroupNorm, mean: torch.Tensor, rstd: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the function that normalises (B, C, t, H, W) by given statistics, float32 (B, groups) each."""
+def _factors(norm: nn.GroupNorm, mean: torch.Tensor, rstd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and shift of every channel, float32 (B, C), from statistics of every group, (B, groups) each."""
     dtype = torch.promote_types(mean.dtype, torch.float32)
     mean, rstd = (
         value.to(dtype).repeat_interleave(norm.num_channels // norm.num_groups, dim=1) for value in (mean, rstd)
     )
     scale = rstd * norm.weight.to(rstd.dtype)
-    shift = torch.addcmul(norm.bias.to(rstd.dtype), scale, mean, value=-1).flatten()
-    scale = scale.flatten()
-    scale, shift = scale.split(norm.num_channels), shift.split(norm.num_channels)
+    return scale, torch.addcmul(norm.bias.to(rstd.dtype), scale, mean, value=-1)
+
+
+def normalizer(scale: torch.Tensor, shift: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function that normalises (B, C, t, H, W) by the scale and shift of every channel, (B, C) each."""
     zero, one = torch.zeros_like(shift[0]), torch.ones_like(shift[0])
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -279,9 +300,12 @@ class Normalize(nn.GroupNorm):
         super().__init__(NORM_GROUPS, channels, eps=NORM_EPS)
 
     def forward(self, input: Pieces, latents: torch.Tensor | None, stream: Stream) -> Normalizer:  # noqa: A002
-        """Return the function that normalises the pieces of a chunk; `latents` is unused (the decoder's needs it)."""
+        """Return what normalises the pieces of a chunk and applies SiLU; `latents` are for the decoder's alone."""
+        if (compiled := stream.compiled_norms(input)) is not None:
+            factors = stream.factors(self, input)
+            return lambda piece, start: compiled.activated(piece, *factors)
         normalize = stream.group_norm(self, input)
-        return lambda piece, start: normalize(piece)
+        return lambda piece, start: silu(normalize(piece))
 
 
 class SpatialNorm3D(nn.Module):
@@ -303,14 +327,20 @@ class SpatialNorm3D(nn.Module):
         self.conv_b = CausalConv3d(z_channels, channels, 1)
 
     def forward(self, x: Pieces, latents: torch.Tensor, stream: Stream) -> Normalizer:
-        """Return the function that normalises the pieces of a chunk, whose latents are (B, z, t, h, w)."""
-        normalize = stream.group_norm(self.norm_layer, x)
-        bounds = _frames_of_latents(num_frames(x), latents.shape[2], is_first=stream.is_first)
+        """Return what normalises the pieces of a chunk, whose latents are (B, z, t, h, w), and applies SiLU."""
+        frames = num_frames(x)
+        single, each = _frames_of_latents(frames, latents.shape[2], is_first=stream.is_first)
         size = (*latents.shape[2:4], x[0].shape[4])
-        scale, shift = (
-            F.interpolate(conv([latents], stream)[0], size=size)[:, :, :, :, None].split(1, dim=2)
-            for conv in (self.conv_y, self.conv_b)
-        )
+        scale, shift = (F.interpolate(conv([latents], stream)[0], size=size) for conv in (self.conv_y, self.conv_b))
+        if (compiled := stream.compiled_norms(x)) is not None:
+            factors = stream.factors(self.norm_layer, x)
+            of_frames = torch.arange(-single, frames - single, device=latents.device) // each + single
+            return lambda piece, start: compiled.modulated(
+                piece, *factors, (scale, shift), of_frames[start : start + piece.shape[2]]
+            )
+        bounds = [0] * single + list(range(single, frames + 1, each))
+        normalize = stream.group_norm(self.norm_layer, x)
+        scale, shift = (value[:, :, :, :, None].split(1, dim=2) for value in (scale, shift))
 
         def run(piece: torch.Tensor, start: int) -> torch.Tensor:
             normed, end = normalize(piece), start + piece.shape[2]
@@ -320,16 +350,15 @@ class SpatialNorm3D(nn.Module):
                     all_of_it = first <= start and last >= end
                     frames = normed if all_of_it else normed[:, :, max(first - start, 0) : last - start]
                     parts.append(_scale_and_shift(frames, scale[number], shift[number]))
-            return torch.cat(parts, dim=2) if torch.is_grad_enabled() else normed
+            return silu(torch.cat(parts, dim=2) if torch.is_grad_enabled() else normed)
 
         return run
 
 
-def _frames_of_latents(frames: int, latents: int, *, is_first: bool) -> list[int]:
-    """Return the first frame of every latent of a chunk, and the number of frames; a clip starts with a single one."""
+def _frames_of_latents(frames: int, latents: int, *, is_first: bool) -> tuple[int, int]:
+    """Return how many frames the first latent has alone (one at the start of a clip, else none), and each other one."""
     single = int(is_first and frames > 1)
-    each = (frames - single) // (latents - single)
-    return [0] * single + list(range(single, frames + 1, each))
+    return single, (frames - single) // (latents - single)
 
 
 def _scale_and_shift(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -372,14 +401,14 @@ class ResnetBlock3D(nn.Module):
         normalize = self.norm1(x, latents, stream)
 
         def enter(piece: torch.Tensor, start: int) -> torch.Tensor:
-            made = silu(normalize(piece, start))
+            made = normalize(piece, start)
             shortcut = self.nin_shortcut
             residual.append(shortcut(piece))
             return made
 
         h = self.conv1(each(x, enter), stream)
         normalize_again = self.norm2(h, latents, stream)
-        made = each(h, lambda piece, start: self.dropout(silu(normalize_again(piece, start))))
+        made = each(h, lambda piece, start: self.dropout(normalize_again(piece, start)))
         h = self.conv2(made, stream)
         for piece, skipped in zip(h, drained(residual), strict=True):
             piece += skipped  # in place: the backward pass does not need it

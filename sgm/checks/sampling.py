@@ -209,8 +209,16 @@ def speed_problems(config: Config, geometry: Geometry, device: torch.device, dty
         shape = (network["hidden_size"], network["num_layers"], geometry.in_channels, geometry.patch_size[0])
         check = partial(StepCache, args.step_cache, default(args.step_cache_threshold, 0.0), shape)
         problems += problems_of("args.step_cache", "give another, or remove it", check)
-    if args.compile and (missing := _missing_compiler(device)) is not None:
-        problems.append(Problem("args.compile", "", f"is true, and {missing[0]}", f"{missing[1]}, or set it to false"))
+    compiled = {
+        "args.compile": args.compile,
+        "model.first_stage_config.params.compile": params_of(config.model.get("first_stage_config")).get("compile"),
+    }
+    if any(compiled.values()) and (missing := _missing_compiler(device)) is not None:
+        problems += [
+            Problem(key, "", f"is true, and {missing[0]}", f"{missing[1]}, or set it to false")
+            for key, value in compiled.items()
+            if value
+        ]
     return problems
 
 

@@ -26,6 +26,7 @@ from benchmarks.runs import (
 )
 from sgm.training.optim.optimizer import make_optimizer
 from sgm.training.optim.trainable import choose_trainable
+from vae_modules.compiled_norms import CompiledNorms
 
 CPU = torch.device("cpu")
 GPU = (
@@ -114,6 +115,25 @@ def test_three_shapes_are_compiled_once(place, counters):
         again = [step.network(shape, (timesteps[:1] // 2 + 1).expand(2), 2 * text) for shape in shapes]
     assert 1 <= graphs <= 2 and counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
     assert all(torch.isfinite(out).all() for out in (*first, *again))
+
+
+@pytest.mark.thorough
+@torch.no_grad()
+def test_compiled_norms_of_the_vae_change_nothing_but_rounding(place, counters):
+    config = sampling_config(MODEL, place.size)
+    dtype, bound = (torch.float32, 1e-5) if place.is_tiny else (torch.bfloat16, 2e-2)
+    vae = build_vae(config.model["first_stage_config"], device=place.device, dtype=dtype)
+    height, width = (side // 8 for side in config.args.sampling_image_size)
+    latents = random(1, 16, 4, height, width, device=place.device, dtype=dtype)
+    video = random(1, 3, 13, 8 * height, 8 * width, device=place.device, dtype=dtype)
+    expected = vae.decode(latents), vae.encode_moments(video)
+    vae._compiled_norms = CompiledNorms(**({"backend": "eager"} if place.is_tiny else {}))
+    assert error(vae.decode(latents), expected[0]) <= bound
+    assert error(vae.encode_moments(video), expected[1]) <= bound
+    graphs = counters["stats"]["unique_graphs"]
+    assert 3 <= graphs <= 5 and not counters["graph_break"]
+    vae.decode(latents[..., : width // 2])
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 class _NoValues(TorchDispatchMode):

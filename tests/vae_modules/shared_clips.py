@@ -6,6 +6,7 @@ import torch.distributed as dist
 import sgm.distributed
 from benchmarks.models import build_vae, vae_section
 from sgm.util import InputError
+from vae_modules.compiled_norms import CompiledNorms
 
 FRAMES = (1, 5, 9, 25)
 
@@ -94,6 +95,20 @@ def check_low_precision(vae, size: int) -> None:
     vae.float()
 
 
+def check_compiled_norms(vae, size: int) -> None:
+    vae._compiled_norms = CompiledNorms(backend="eager")
+    for how in ("decode", "encode", "encode in chunks"):
+        x = clip(how, 25)
+        set_chunk(vae, how)
+        run = vae.decode if how == "decode" else vae.encode_moments
+        with torch.no_grad():
+            vae.cp_size = 1
+            alone = run(x)
+            vae.cp_size = size
+            assert difference(alone, run(x)) <= 1e-5, how
+    vae._compiled_norms = None
+
+
 def check_tiles(vae, size: int) -> None:
     from vae_modules.autoencoder import Tiling
 
@@ -120,6 +135,7 @@ def check(size: int) -> dict[str, dict[str, float]]:
     }
     check_first_rank_only(vae, size)
     check_low_precision(vae, size)
+    check_compiled_norms(vae, size)
     check_tiles(vae, size)
     vae.cp_size = size + 1
     try:

@@ -448,8 +448,9 @@ def test_a_path_that_may_not_be_read_is_a_problem_of_its_key(tmp_path):
 
 def test_compiling_needs_a_compiler(load, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    text = dry_run_refusal(load("args.compile=true", "args.device=cpu"))
-    assert "is true, and the C++ compiler 'no-such-compiler' is not found" in text
+    for key in ("args.compile", "model.first_stage_config.params.compile"):
+        text = dry_run_refusal(load(f"{key}=true", "args.device=cpu"))
+        assert f"{key} (command line: {key}=true): is true, and the C++ compiler 'no-such-compiler' is" in text
     monkeypatch.setenv("CC", "nor-this-one")
     (problem,) = speed_problems(load("args.compile=true"), ROTARY, torch.device("cuda"), torch.bfloat16)
     assert "triton" in problem.found and problem.cure.startswith("install")
