@@ -16,7 +16,6 @@ from sgm.util import InputError, instantiate_from_config, without_allocating
 from tests.marks import only
 from vae_modules import autoencoder, convolutions
 from vae_modules.autoencoder import Tiling, VideoAutoencoderInferenceWrapper
-from vae_modules.compiled_norms import CompiledNorms
 from vae_modules.convolutions import Conv2d, Conv3d, UpsamplingConv2d
 from vae_modules.layers import (
     CausalConv3d,
@@ -620,62 +619,3 @@ def test_a_whole_vae_in_pieces_has_the_bits_of_itself_in_one_in_float32(train):
     assert torch.equal(in_pieces[0], whole[0]) and torch.equal(in_pieces[1], whole[1])
     for one, other in zip(in_pieces[2:], whole[2:], strict=True):
         assert (one - other).abs().max() <= min(1e-6, 2e-5 * other.abs().max())
-
-
-@pytest.fixture
-def graphs():
-    """Return the function that counts compiled graphs; too many of a function, or broken ones, fail."""
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield lambda: counters["stats"]["unique_graphs"]
-        assert not counters["graph_break"]
-    torch._dynamo.reset()
-
-
-def test_compiled_norms_equal_those_of_the_kernels_whatever_the_size_and_compile_nothing_for_another(vae, graphs):
-    compiled = copy.copy(vae)
-    compiled._compiled_norms = CompiledNorms(backend="eager")
-
-    def compare(batch, frames, height, width):
-        latents, video = random(batch, 16, (frames + 3) // 4, height, width), random(batch, 3, frames, 64, 8 * width)
-        for chunk in (None, 8):
-            vae.encode_chunk = compiled.encode_chunk = chunk
-            found = compiled.encode_moments(video)
-            torch.testing.assert_close(found, vae.encode_moments(video), rtol=0, atol=1e-5)
-        vae.max_elements = compiled.max_elements = vae.decoder.width * 4 * 64 * height * width  # several pieces
-        torch.testing.assert_close(compiled.decode(latents), vae.decode(latents), rtol=0, atol=1e-5)
-
-    with torch.no_grad():
-        for batch, frames in ((1, 17), (1, 13), (2, 17)):
-            compare(batch, frames, 4, 6)
-        found = graphs()
-        for size in ((5, 4), (6, 10)):
-            compare(1, 17, *size)
-    assert 3 <= found == graphs() <= 5
-
-
-def test_with_gradients_norms_are_not_compiled(vae, graphs):
-    compiled, latents = copy.copy(vae), random(1, 16, 2, 2, 2).requires_grad_()
-    compiled._compiled_norms = CompiledNorms(backend="eager")
-    found, expected = (torch.autograd.grad(each.decode(latents).sin().sum(), latents)[0] for each in (compiled, vae))
-    assert torch.equal(found, expected) and graphs() == 0
-
-
-def test_generated_code_of_a_residual_block_rounds_once():
-    block = ResnetBlock3D(32, 32, 0.0, z_channels=4)
-    randomize(block, 0)
-    x, latents = random(1, 32, 3, 8, 6), random(1, 4, 2, 2, 3)
-    with torch.no_grad():
-        expected = whole(lambda pieces, stream: block(pieces, latents, stream), x)
-        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-            low = block.to(dtype)
-
-            def run(pieces, stream, low=low, dtype=dtype):
-                return low(pieces, latents.to(dtype), stream)
-
-            plain, found = (whole(run, x.to(dtype), Stream(compiled=made)).float() for made in (None, CompiledNorms()))
-            assert (found - expected).norm() <= bound * expected.norm()
-            if dtype == torch.bfloat16:
-                assert (found - expected).norm() < (plain - expected).norm()
