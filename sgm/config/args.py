@@ -326,6 +326,11 @@ class TrainingArgs(SamplingArgs):
     wandb_project_name: str | None = None
 
     @property
+    def restores_rng(self) -> bool:
+        """Whether a resumed run goes on with the random generators of its state."""
+        return not (self.no_load_rng or self.no_save_rng)
+
+    @property
     def precomputed(self) -> dict[Literal["latents", "text"], str]:
         """What `precompute` encodes, and into which folder: the given caches, or else both into one below `save`."""
         given = {"latents": self.latent_cache, "text": self.text_cache}

@@ -39,6 +39,17 @@ _TAG = "tag:yaml.org,2002:"
 _TYPES = {_TAG + name for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
 
 
+# Keys whose values on the command line are sentences, which may look like anything.
+_SENTENCES = (("args", "prompt"), ("args", "negative_prompt"))
+
+
+class _Empty:
+    """The value of a key after which nothing is written, until `_merge` decides what it means."""
+
+
+_EMPTY = _Empty()
+
+
 class _Loader(Composer, CParser, SafeConstructor, Resolver):
     """PyYAML's loader for YAML 1.1, with ``1e-5`` as a number, dates and ``010`` as text, as in YAML 1.2; bounded.
 
@@ -91,7 +102,7 @@ class _Loader(Composer, CParser, SafeConstructor, Resolver):
             raise _refusal(found, node.start_mark, "correct it, or put text in quotes") from None
         if value is None and node.tag == _TAG + "null" and node.value.lower() not in ("", "~", "null"):
             raise _refusal(f"'{shortened(node.value)}' is not null", node.start_mark, "remove the tag or the text")
-        return value
+        return _EMPTY if value is None and not node.value else value
 
 
 def _refusal(found: str, mark: yaml.Mark, cure: str) -> yaml.MarkedYAMLError:
@@ -256,11 +267,16 @@ def read_list(path: Path, *, option: str, other: tuple[str, str]) -> list[Any]:
     content = _read_file(path, merged, yaml.SequenceNode, option, other)
     if content is None:
         raise ConfigError(merged.problems)
-    return content
+    return _merge(None, content)
 
 
 def _merge(old: Any, new: Any) -> Any:
-    """Return `old` with the values of `new`: mappings key by key, everything else replaced by an unshared copy."""
+    """Return `old` with the values of `new`: mappings key by key, everything else replaced by an unshared copy.
+
+    A key below which all is commented out changes nothing of the mapping that it had; ``null`` removes it.
+    """
+    if new is _EMPTY:
+        return old if isinstance(old, dict) else None
     if isinstance(new, dict):
         base = old if isinstance(old, dict) else {}
         return {**base, **{key: _merge(base.get(key), value) for key, value in new.items()}}
@@ -388,7 +404,7 @@ def _apply_override(tree: Any, override: str, merged: Merged) -> None:
         merged.add((), "not an override", f"write {home}=..." if home else cure, source=source)
         return
     try:
-        value = override_value(text)
+        value = _sentence(text, tuple(keys)) if tuple(keys) in _SENTENCES else override_value(text)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None)
         found = f"the value {shortened(text)} is not YAML{f': {problem}' if problem else ''}"
@@ -441,9 +457,20 @@ def override_value(text: str) -> Any:
             raise yaml.MarkedYAMLError(problem=f"'{rest}' would be a comment")
         for _ in _walk(node, (), ()):
             pass  # refuses aliases in circles
-        return loader.construct_document(node)
+        return _merge(None, loader.construct_document(node))
     finally:
         loader.dispose()
+
+
+def _sentence(text: str, path: KeyPath) -> str | None:
+    """Return the value of an override that is a sentence: as typed, whatever it would be in YAML, or null."""
+    try:
+        value = override_value(text)
+    except yaml.YAMLError:
+        return text
+    if value is None and not text and path == _SENTENCES[0]:
+        return text  # an empty variable of the shell, not the wish for no prompt; it is refused
+    return value if isinstance(value, str | None) else text
 
 
 def _child(container: Any, key: str | int) -> Any:

@@ -101,8 +101,9 @@ def held_problems(args: SamplingArgs, plan: SamplingPlan) -> Iterator[Problem]:
         yield Problem("args.held_frames", "", found, "remove it, or give a video")
     if (held := sum(clip.latents for clip in clips.values())) >= plan.latents:
         fewer = "" if pictures else ", or a smaller args.held_frames (4 fewer hold one latent frame less)"
-        found = f"is {plan.latents}, and {names} {verb} {held} latent frames, so that nothing is sampled"
-        yield Problem("args.sampling_num_frames", "", found, f"set it to {held + 1} or more{fewer}")
+        found = f"gives {plan.latents}, and {names} {verb} {held} latent frames, so that nothing is sampled"
+        enough = held + 1 + plan.padded_latents - plan.latents
+        yield Problem("args.sampling_num_frames", "", found, f"set it to {enough} or more{fewer}")
 
 
 def _check_source(args: SamplingArgs, plan: SamplingPlan) -> str:

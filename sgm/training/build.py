@@ -13,8 +13,8 @@ import torch
 
 import sgm.distributed
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config, digest_of
-from sgm.config.precision import autoencoder_dtype, conv3d_warnings, precision_name
+from sgm.config.load import Config
+from sgm.config.precision import autoencoder_dtype, conv3d_warnings
 from sgm.data.buckets.plan import BucketPlan
 from sgm.data.loader import SampleStream, make_bucket_loader, make_loader
 from sgm.data.order import TrainingOrder, derive_seed
@@ -29,20 +29,18 @@ from sgm.training.optim.optimizer import discard_initial_update, group_values, m
 from sgm.training.optim.schedule import AUTO_WARMUP_ITERS, LearningRate, lr_factor
 from sgm.training.optim.trainable import choose_trainable
 from sgm.training.prepare import Plan, total_iterations
+from sgm.training.start_point import check_resume, new_point
 from sgm.training.state import (
     FOLDER,
     ResumePoint,
     abandoned_run,
     load_state,
-    next_start_number,
-    numbers_digest,
     repair_latest,
-    state_order,
+    require_files,
 )
 from sgm.training.step import TrainingModule, start_deepspeed
 from sgm.util import InputError, default, instantiate_from_config
 from sgm.weights.adapters import AdapterInfo, describe_adapters
-from sgm.weights.files import find_weights, weights_digest
 from sgm.weights.offload import Offload, without_frozen
 from sgm.weights.quantize import loss_text
 
@@ -121,11 +119,9 @@ def build(config: Config, plan: Plan) -> Parts:
         InputError: data, weights or resume state cannot be used.
     """
     args, adapters = plan.args, describe_adapters(config)
-    point = now = _new_point(config, plan, adapters)
+    point = now = new_point(plan, adapters)
     if plan.resume is not None:
-        plan.resume.check(now, config)
-        if not plan.resume.is_divided_like(now):
-            plan.resume.open().require_divisible(plan.deepspeed["zero_optimization"])
+        check_resume(plan, now)
         changed = ("optimizer_settings", "lora_rank", "lora_alpha", "lora_kind", "start_number")
         changed += ("world_size", "tensor", "trained", "trained_names", "order", "global_batch")
         point = replace(plan.resume, **{name: getattr(now, name) for name in changed})
@@ -133,6 +129,8 @@ def build(config: Config, plan: Plan) -> Parts:
         folder, lock = _open_folder(config, plan.resume, hidden)
         if lock is not None:
             unlocking.callback(lock.close)
+        if plan.resume is not None:
+            require_files(plan.resume, now, with_rng=args.restores_rng)
         data, bad_clips = usable_data(plan.data, args, folder, resumed=plan.resume is not None)
         total, buckets = _length(plan, data, bad_clips)
         if buckets is not None:
@@ -177,7 +175,7 @@ def _load(
     resume: ResumePoint, now: ResumePoint, args: TrainingArgs, engine: SATVideoDiffusionEngine, deepspeed: Any
 ) -> None:
     """Load the resume state into the parts of the run `now`. Collective."""
-    load_state(deepspeed, resume, now, with_rng=not (args.no_load_rng or args.no_save_rng))
+    load_state(deepspeed, resume, now, with_rng=args.restores_rng)
     moments = getattr(engine.require_loss().sigma_sampler, "moments", None)
     if moments is not None and resume.timesteps is not None:
         moments.load_state(resume.timesteps)
@@ -285,37 +283,6 @@ def _loader(
         num_workers=args.num_workers,
         prefetch_factor=args.prefetch_factor,
         clip_dtype=clip_dtype,
-    )
-
-
-def _new_point(config: Config, plan: Plan, adapters: AdapterInfo | None) -> ResumePoint:
-    """Return the start of a new run."""
-    args, writes = plan.args, sgm.distributed.rank() == 0
-    return ResumePoint(
-        run=Path(),
-        iteration=0,
-        samples=0,
-        world_size=sgm.distributed.world_size(),
-        tensor=plan.mesh.tensor,
-        zero_stage=plan.deepspeed["zero_optimization"]["stage"],
-        precision=precision_name(plan.dtype),
-        optimizer=config.deepspeed["optimizer"]["type"],
-        trained=plan.trainable.num_trained,
-        trained_names=digest_of(sorted(plan.trainable.names)),
-        ema=args.ema_decay is not None,
-        base_digest=None if args.load is None else weights_digest(find_weights(args.load)),
-        config_digest=numbers_digest(config),
-        clips=plan.data.digest,
-        order=state_order(plan.deepspeed["zero_optimization"]),
-        buckets=None if plan.division is None else plan.division.digest,
-        captions=plan.data.captions_digest,
-        clip_files=plan.data.files_digest if writes else None,  # copies on other machines may have other times
-        optimizer_settings=plan.optimizer_settings,
-        lora_rank=None if adapters is None else adapters.rank,
-        lora_alpha=None if adapters is None else float(adapters.alpha),
-        lora_kind=None if adapters is None else adapters.kind,
-        start_number=next_start_number(args) if writes else 0,
-        global_batch=plan.global_batch if plan.division is None else None,
     )
 
 

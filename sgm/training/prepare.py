@@ -49,9 +49,10 @@ from sgm.training.inputs.caches import Caches, expected_caches, open_latents, op
 from sgm.training.inputs.clips import Data, open_data
 from sgm.training.metrics import import_wandb
 from sgm.training.optim.optimizer import kind_of, make_optimizer, settings_of
-from sgm.training.optim.schedule import endless_warmup
+from sgm.training.optim.schedule import endless_warmup, unfinished_decay
 from sgm.training.optim.trainable import Trainable, choose_trainable
 from sgm.training.sample_measures import check_measures
+from sgm.training.start_point import check_resume, new_point
 from sgm.training.state import ResumePoint, find_resume_point
 from sgm.util import InputError, default, instantiate_from_config, without_allocating, without_compiler
 from sgm.weights.adapters import describe_adapters, keep_alpha, with_adapters
@@ -164,7 +165,8 @@ def prepare(config: Config, *, check_clips: bool = False, for_card: bool = False
 
     Args:
         config: of the run.
-        check_clips: also check the clips as the start of a run does (``args.check_clips``), and leave out bad ones.
+        check_clips: also check what the start of a run does later: the clips (``args.check_clips``), leaving out bad
+            ones, and whether the state of a resumed run fits.
         for_card: allow the precisions of accelerators, also where this machine has none.
 
     Raises:
@@ -173,13 +175,21 @@ def prepare(config: Config, *, check_clips: bool = False, for_card: bool = False
     config = with_adapters(config)
     checks = _Checks(config, for_card=for_card)
     checks.run()
+    data = checks.facts.get("data")
     if check_clips and not checks.problems:
         checks.leave_out_clips()
     if checks.problems:
         # Several checks read the same files.
         once = {(problem.path, problem.found): problem for problem in reversed(checks.problems)}
         raise ConfigError(config.located(list(reversed(once.values()))))
-    return checks.plan()
+    plan = checks.plan()
+    if check_clips and plan.resume is not None:
+        if plan.total_iters is not None and plan.resume.iteration >= plan.total_iters:
+            plan.resume.require_weights()
+        else:
+            with_all_clips = replace(plan, data=data)
+            check_resume(plan, new_point(with_all_clips, describe_adapters(plan.config)))
+    return plan
 
 
 def total_iterations(args: TrainingArgs, num_clips: int, global_batch: int, resume: ResumePoint | None = None) -> int:
@@ -465,10 +475,11 @@ class _Checks:
         stand_in = [("weight", torch.nn.Parameter(torch.zeros(1, 1)))]
         if not trains_adapters(self.config.model):
             stand_in.append(("bias", torch.nn.Parameter(torch.zeros(1))))
+        kind = kind_of(section["type"])  # before: torchao's module imports torch's compiler
         with without_compiler():
             given = {"ema_decay": self.args.ema_decay, "zero": zero, "tensor": self.mesh.tensor}
             optimizer = make_optimizer(section, stand_in, **given)
-        if kind_of(section["type"]).own_rate and self.args.lr_decay_style != "constant":
+        if kind.own_rate and self.args.lr_decay_style != "constant":
             found = f"is {self.args.lr_decay_style}, and {section['type']} finds or averages its rate over the run"
             raise ConfigError([Problem("args.lr_decay_style", "", found, "set args.lr_decay_style=constant")])
         if section["type"].startswith("prodigyopt.") and self.args.scale_lr:
@@ -534,7 +545,7 @@ class _Checks:
             length = f"{args.epochs} epochs" if total is None else f"{total} iterations"
         elif resume is not None and (change := other_batch(resume, batch, micro=micro, ranks=self.data_ranks)):
             logger.warning("%s", change)
-        if total is not None and (said := endless_warmup(args, total)):
+        if total is not None and (said := endless_warmup(args, total) or unfinished_decay(args, total)):
             logger.warning("%s", said)
         rows = {
             "configuration": f"{' + '.join(self.config.bases)} (digest {self.config.digest[:12]})",

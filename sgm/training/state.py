@@ -13,8 +13,8 @@ import contextlib
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, get_type_hints
 
@@ -61,6 +61,7 @@ ORDER = {1: "round_robin_gradients", 2: "round_robin_gradients", 3: "sub_group_s
 DEFAULT_ORDER = {"round_robin_gradients": False, "sub_group_size": 1e9}
 # Where a configuration says what is trained: without adapters, and with them.
 _TRAINED, _LORA = "model.not_trainable_prefixes", "model.network_config.params.modules.lora_config.params"
+_RNG = re.compile(r"rng_\d+\.pt")
 _SHOWN = 12  # changed settings that a message lists
 # Settings of optimizers that decide which tensors their state holds; all others take effect when a run is resumed.
 STRUCTURE = ("amsgrad", "centered", "momentum")
@@ -194,8 +195,19 @@ class ResumePoint:
             )
             problems.append(Problem("data.params.buckets", "", found, cure))
         if problems:
-            raise ConfigError(problems)
+            raise ConfigError(problems if config is None else self._with_changes(problems, says_trained, config))
         self._warn(now, config)
+
+    def _with_changes(self, problems: Sequence[Problem], says_trained: str, config: Config) -> list[Problem]:
+        """Name the settings that changed in problems of what is trained, which several of them decide."""
+        changed = [line for line in changed_settings(self.run, config) if line.startswith(says_trained)]
+        listing = f" ({'; '.join(changed[:_SHOWN])})" if changed else ""
+        return config.located(
+            [
+                replace(problem, found=problem.found + listing) if problem.path.startswith(says_trained) else problem
+                for problem in problems
+            ]
+        )
 
     def is_divided_like(self, now: "ResumePoint") -> bool:
         """Whether every rank of a run, `now`, finds its state in files of its own."""
@@ -496,17 +508,35 @@ def remove_other_states(run: Path, iteration: int) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
+def require_files(point: ResumePoint, now: ResumePoint, *, with_rng: bool = True) -> None:
+    """Check that the files of a state are there. Collective: all ranks call it.
+
+    Args:
+        point: of the state.
+        now: the start of the run as it would be new.
+        with_rng: whether the random generators are restored.
+
+    Raises:
+        InputError: one is missing.
+    """
+    names = [name for name in _files_to_look_up(point, now) if with_rng or not _RNG.fullmatch(name)]
+    missing = [name for name in names if not (point.folder / name).is_file()]
+    for number, lacks in enumerate(sgm.distributed.all_gather_any(missing)):
+        if lacks:
+            fresh = (
+                "set args.no_load_rng=true to go on with fresh random generators, or "
+                if (all(map(_RNG.fullmatch, lacks)))
+                else ""
+            )
+            raise InputError(f"{point.folder}, as rank {number} sees it, lacks {', '.join(lacks)}; {fresh}{CURE}")
+
+
 def load_state(engine: Any, point: ResumePoint, now: ResumePoint, *, with_rng: bool = True) -> None:
     """Load the state into a new DeepSpeed engine of the run `now`. Collective: all ranks call it.
 
     Raises:
-        InputError: a file is missing or damaged, or the state does not fit.
+        InputError: a file is damaged, or the state does not fit.
     """
-    looked_up = _files_to_look_up(point, now)
-    missing = [name for name in looked_up if not (point.folder / name).is_file()]
-    for number, lacks in enumerate(sgm.distributed.all_gather_any(missing)):
-        if lacks:
-            raise InputError(f"{point.folder}, as rank {number} sees it, lacks {', '.join(lacks)}; {CURE}")
     with settings_kept(engine):
         if point.is_divided_like(now):
             engine.checkpoint_engine = checkpoint_engine()

@@ -147,7 +147,7 @@ def _latest_weights(folder: Path) -> Path:
         else:
             cure = f"expected {folder}/<iteration>/{WEIGHTS}.pt and a file 'latest' with <iteration> in it"
         raise InputError(f"{folder} has no file 'latest'{present}; {cure}")
-    name = latest.read_text(encoding="utf-8", errors="replace").strip()
+    name = latest.read_text(encoding="utf-8-sig", errors="replace").strip()
     if not name or not os.path.isdir(folder / name):  # a Path raises errors of names that are too long
         problem = f"names the folder '{shortened(name)}', which does not exist" if name else "is empty"
         raise InputError(f"{latest} {problem}{present}; write the name of an iteration folder into it")

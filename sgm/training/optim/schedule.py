@@ -13,6 +13,7 @@ from sgm.util import default
 
 DecayStyle = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "exponential"]
 AUTO_WARMUP_FACTOR = 0.05
+_UNFINISHED = 0.05  # of the rate, above the end of its decay, with which a run may end without a word
 AUTO_WARMUP_ITERS = {"finetune": 100, "pretrain": 0}  # by args.mode, if args.auto_warmup_iters is null
 
 
@@ -125,6 +126,24 @@ def endless_warmup(args: TrainingArgs, total: int) -> str | None:
             f"{total / steps:.0%} of the learning rate; set args.warmup to less, such as 0.05"
         )
     return None
+
+
+def unfinished_decay(args: TrainingArgs, total: int) -> str | None:
+    """Return what is to be said of a run of `total` iterations with the default decay that ends well before its end."""
+    if args.lr_decay_iters is not None or args.lr_decay_style == "constant":
+        return None
+    steps = warmup_iterations(args.warmup, total)
+    decay = Decay(args.lr_decay_ratio, args.lr_power, args.lr_cycles)
+    factor = DECAYS[args.lr_decay_style]
+    last, end = factor(min(1.0, max(0.0, total - steps) / total), decay), factor(1.0, decay)
+    if steps >= total or last - end <= _UNFINISHED:
+        return None
+    iterations = total - steps if args.warmup > 1 else total / (1 + args.warmup)
+    return (
+        f"args.lr_decay_iters is null: the decay takes {total} iterations after {steps:g} of warm-up, so the last one "
+        f"has {last:.0%} of the learning rate, and the decay would end at {end:.0%}; args.lr_decay_iters="
+        f"{max(1, int(iterations))} ends it with the run"
+    )
 
 
 class LearningRate(LambdaLR):

@@ -168,7 +168,7 @@ def test_another_name_of_a_key_counts_where_it_stands(write):
 
 
 def test_an_override_that_is_no_yaml():
-    assert "in quotes" in override_complaint("args.negative_prompt=[a")
+    assert "in quotes" in override_complaint("args.output_dir=[a")
 
 
 @pytest.mark.parametrize("name", ["args.output_dir=runs/caf", "args.prompt=[x", "args.load.caf", "model.caf"])
@@ -276,16 +276,36 @@ def test_merged_mappings_are_read_as_others(write):
         ("12 #3", "12 #3"),
         ("'no'", "no"),
         ('"a # b"', "a # b"),
+        ("? what", "? what"),
+        ("| bar", "| bar"),
+        ("- a list", "- a list"),
+        ("'a red' circle", "'a red' circle"),
+        ("5: 6", "5: 6"),
+        ("no", "no"),
         ("", None),
         ("null", None),
     ],
 )
-def test_text_in_overrides_arrives_as_typed(typed, value):
+def test_sentences_in_overrides_arrive_as_typed(typed, value):
     assert toy(f"args.negative_prompt={typed}").args.negative_prompt == value
 
 
+def test_an_empty_prompt_is_not_the_wish_for_those_of_the_file():
+    assert "args.prompt=): is ''" in override_complaint("args.prompt=")
+
+
+def test_a_key_below_which_all_is_commented_out_changes_nothing(write, tmp_path):
+    first = tmp_path / "first.yaml"
+    first.write_text("args:\n  seed: 7\n  guidance_scale: 5\n")
+    for text in ("args:\n", "args:\n  # seed: 8\nmodel:\n", "model:\n  sampler_config:\n    params:\n"):
+        config = load_config([TOY, first, write(text)], mode="inference")
+        assert (config.args.seed, config.args.guidance_scale) == (7, 5)
+        assert config.model == toy().model
+    assert load_config([TOY, first, write("args: null\n")], ["args.load=x"], mode="inference").args.seed == 42
+
+
 def test_what_yaml_would_drop_from_an_override_is_refused():
-    text = override_complaint("args.negative_prompt='a' # b", "args.sampling_image_size=[64,64] # c", "args.seed=1 # d")
+    text = override_complaint("args.output_dir='a' # b", "args.sampling_image_size=[64,64] # c", "args.seed=1 # d")
     assert "'# b' would be a comment" in text and "'# c' would be a comment" in text and "is '1 # d'" in text
 
 

@@ -148,7 +148,9 @@ def test_held_clips_leave_something_to_sample_and_a_number_of_frames_has_an_effe
     assert not found(4, start=clip.video) and not found(3) and not found(3, start=picture, end=picture)
     assert not found(5, start=picture, end=clip.video, held_frames=5)
     (said,) = found(3, start=clip.video)
-    assert said.startswith("args.sampling_num_frames is 3, and start holds 3 latent frames, so that nothing is sampled")
+    assert said.startswith(
+        "args.sampling_num_frames gives 3, and start holds 3 latent frames, so that nothing is sampled"
+    )
     assert said.endswith("set it to 4 or more, or a smaller args.held_frames (4 fewer hold one latent frame less)")
     (said,) = found(1, start=picture, end=picture)
     assert "start and end hold 2 latent frames" in said and said.endswith("set it to 3 or more")

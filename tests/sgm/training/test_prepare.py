@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from sgm.training.inputs.clips import open_data
 from sgm.training.main import main
 from sgm.training.prepare import _Checks, _plain, other_batch, prepare, total_iterations
 from sgm.training.run import train
+from sgm.util import InputError
 from tests.sgm.training.points import POINT
 
+ROOT = Path(__file__).parents[3]
 LORA, FULL, I2V = "dit_t2v_5b_lora", "dit_t2v_1.5", "dit_i2v_5b"
 
 
@@ -271,6 +274,49 @@ def test_a_resumed_run_is_named(plan, training_yaml, tmp_path, caplog):
     assert "an iteration takes" not in caplog.text
     plan(LORA, "args.train_iters=4", "args.resume=auto", "deepspeed.train_micro_batch_size_per_gpu=1")
     assert "an iteration takes 1 samples, and took 2 until iteration 1" in caplog.text
+
+
+def test_a_check_refuses_the_resume_that_a_start_refuses_and_names_what_changed(training_yaml, tmp_path, caplog):
+    overrides = [f"args.save={tmp_path / 'runs'}", "args.train_iters=2", "args.exit_interval=1"]
+    train(load_config(training_yaml(LORA), overrides, mode="train"))
+
+    def check(*more):
+        config = load_config(training_yaml(LORA), [*overrides, "args.resume=auto", *more], mode="train")
+        return prepare(config, check_clips=True)
+
+    params = "model.network_config.params.modules.lora_config.params"
+    for setting, said in (
+        ("deepspeed.zero_optimization.stage=1", r"written with zero stage 0, and now it is 1"),
+        (f"{params}.rank_stabilized=true", r"lora alpha .* \(.*rank_stabilized was not given and is true"),
+        ("args.ema_decay=0.9", r"args.ema_decay \(command line: args.ema_decay=0.9\): the state in"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check(setting)
+    caplog.clear()
+    assert check("args.seed=5").resume is not None and "args.seed was" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["rng_00.pt", "mp_rank_00_model_states.pt"])
+def test_a_state_without_its_random_generators_is_resumed_on_request(training_yaml, tmp_path, file):
+    overrides = [f"args.save={tmp_path / 'runs'}", "args.train_iters=2", "args.exit_interval=1"]
+    run = train(load_config(training_yaml(LORA), overrides, mode="train")).folder
+    (run / "resume" / "1" / file).unlink()
+    again = [*overrides, "args.resume=auto", "args.exit_interval=null"]
+    with pytest.raises(InputError, match=f"lacks {file}; ") as error:
+        train(load_config(training_yaml(LORA), again, mode="train"))
+    assert ("args.no_load_rng=true" in str(error.value)) == (file == "rng_00.pt")
+    if file == "rng_00.pt":
+        config = load_config(training_yaml(LORA), [*again, "args.no_load_rng=true"], mode="train")
+        assert train(config).iteration == 2
+
+
+def test_a_fresh_process_checks_an_optimizer_that_imports_the_compiler():
+    program = (
+        "from sgm.config.load import load_config; from sgm.training.prepare import prepare; prepare(load_config("
+        "['configs/toy_lora.yaml', 'configs/toy_sft.yaml', 'configs/optimizer/adamw_8bit.yaml'], mode='train'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_adapters_of_a_resumed_run_keep_their_alpha(training_yaml, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgm.config.args import TrainingArgs
-from sgm.training.optim.schedule import LearningRate, endless_warmup, lr_factor
+from sgm.training.optim.schedule import LearningRate, endless_warmup, lr_factor, unfinished_decay
 
 RUN = {"base_lr": 2.0, "train_iters": 100, "warmup": 0.1}
 STYLES = ["linear", "cosine", "constant", "exponential"]
@@ -100,6 +100,28 @@ def test_without_warmup_the_first_update_has_a_rate():
 def test_a_run_that_ends_within_its_warmup_is_told(given, said):
     found = endless_warmup(TrainingArgs(**given), 80)
     assert found is None if said is None else re.search(said, found)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, None),
+        ({"lr_decay_style": "cosine"}, None),
+        ({"warmup": 0.5, "lr_decay_style": "constant"}, None),
+        ({"warmup": 0.5, "lr_decay_iters": 90}, None),
+        ({"warmup": 0.5}, "has 50% of the learning rate, .* end at 0%; args.lr_decay_iters=60 ends"),
+        ({"warmup": 30.0, "lr_decay_style": "cosine"}, "after 30 of warm-up.* end at 10%; args.lr_decay_iters=60 ends"),
+        ({"warmup": 30.0, "lr_decay_style": "cosine_with_restarts", "lr_cycles": 3}, "has 100% of the learning rate"),
+    ],
+)
+def test_a_run_that_ends_before_its_decay_is_told(given, said):
+    args = TrainingArgs(**given)
+    found = unfinished_decay(args, 90)
+    assert found is None if said is None else re.search(said, found)
+    if found is not None and args.lr_cycles == 1:
+        iters = int(re.search(r"lr_decay_iters=(\d+)", found)[1])
+        last = lr_factor(90, train_iters=90, decay_style=args.lr_decay_style, decay_iters=iters, warmup=args.warmup)
+        assert last == pytest.approx(0.0 if args.lr_decay_style == "linear" else 0.1)
 
 
 def optimizer(*rates: float) -> torch.optim.Optimizer:
