@@ -249,14 +249,24 @@ def _short(key: str, keys: Sequence[str]) -> str:
     return next(end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1)
 
 
-def _check_optimizer(config: Any) -> None:
-    """Raise InputError for settings that the optimizer refuses; its class alone knows them."""
-    import torch
+def _check(run: Run, options: argparse.Namespace) -> None:
+    """Check a run as ``train_video.py --check`` does, but its clips; raise InputError for what it would refuse."""
+    import sgm.distributed
+    from sgm.config.load import load_config
+    from sgm.training.inputs.precompute import before_encoding
+    from sgm.training.prepare import prepare
 
-    from sgm.training.optim.optimizer import make_optimizer
+    overrides = [*options.overrides, *run.overrides, *_own(run)]
+    config = load_config(options.base, overrides, mode="train", trust=options.trust)
+    with sgm.distributed.planned(options.nproc_per_node):
+        prepare(before_encoding(config) if config.args.precompute else config)
 
-    zero = config.deepspeed["zero_optimization"]
-    make_optimizer(config.deepspeed["optimizer"], [("weight", torch.nn.Parameter(torch.zeros(2, 2)))], zero=zero)
+
+def _own(run: Run) -> list[str]:
+    """Return the overrides that give a run its folder, from which it is resumed."""
+    from sgm.config.yaml_files import override
+
+    return [override(*pair) for pair in zip(OWN_KEYS, (str(run.folder / "runs"), "run", "auto"), strict=True)]
 
 
 def planned(options: argparse.Namespace) -> list[Run]:
@@ -275,11 +285,12 @@ def planned(options: argparse.Namespace) -> list[Run]:
         overrides = [f"{key}={value}" for key, value in given.items()]
         try:
             config = load_config(options.base, [*options.overrides, *overrides], mode="train", trust=options.trust)
-            _check_optimizer(config)
+            run = Run(name, options.out / name, overrides, config.digest, getattr(config.args, "train_iters", None))
+            run.read()
+            if run.state == "waiting":
+                _check(run, options)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
-        run = Run(name, options.out / name, overrides, config.digest, getattr(config.args, "train_iters", None))
-        run.read()
         runs.append(run)
         if not runs[1:]:
             options.seed, options.valid_prompts = config.args.seed, getattr(config.args, "valid_prompts", None)
@@ -301,8 +312,7 @@ def commands(run: Run, options: argparse.Namespace) -> Iterator[list[str]]:
     launcher = [PYTHON]
     if options.nproc_per_node > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.nproc_per_node}"]
-    own = [override(*pair) for pair in zip(OWN_KEYS, (str(run.folder / "runs"), "run", "auto"), strict=True)]
-    yield [*launcher, str(SOURCES / "train_video.py"), *shared, *own]
+    yield [*launcher, str(SOURCES / "train_video.py"), *shared, *_own(run)]
     if options.prompts is not None:
         paths = {"load": run.run_folder, "input_file": options.prompts, "output_dir": run.videos}
         sampling = [override(f"args.{key}", str(path)) for key, path in paths.items()]
@@ -398,7 +408,7 @@ def compute(runs: Sequence[Run], options: argparse.Namespace) -> None:
                 run.folder.mkdir(parents=True, exist_ok=True)
                 run.write()
                 jobs.append(Job(run, free.pop(0), commands(run, options)))
-                logger.info("%s begins (%d of %d)", run.name, len(begun), len(runs))
+                logger.info("%s begins (%d of %d); %s", run.name, len(begun), len(runs), run.folder / "log.txt")
             for job in list(jobs):
                 if advance(job):
                     jobs.remove(job)
@@ -548,10 +558,14 @@ def work(options: argparse.Namespace) -> None:
 
 
 def _last_words(run: Run) -> str:
-    """Return the error in the log of a run, or its last line."""
+    """Return the error in the log of a run, with the lines that belong to it, or its last line."""
     lines = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
-    said = [line for line in lines if line.startswith("error:")] or [line for line in lines if line.strip()]
-    return said[-1].strip()[:300] if said else "it said nothing"
+    said = [line for line in lines if line.strip()]
+    starts = [number for number, line in enumerate(said) if line.startswith("error:")]
+    if not starts:
+        return said[-1].strip()[:300] if said else "it said nothing"
+    more = itertools.takewhile(lambda line: line.startswith(" "), said[starts[-1] + 1 :])
+    return " ".join(line.strip() for line in (said[starts[-1]], *more))[:600]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run_command(
         run,
         parse(argv),
-        interrupted="interrupted; checkpoints are kept, and args.resume=auto resumes from the newest",
+        interrupted="interrupted; what was saved is kept, and args.resume=auto resumes from the newest checkpoint",
         memory_hint="encode clips and captions ahead with tools/prepare_dataset.py, set "
         "args.checkpoint_activations=true or lower deepspeed.train_micro_batch_size_per_gpu",
         output="args.save",

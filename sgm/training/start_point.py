@@ -1,7 +1,7 @@
 """The start of a run as it would be new, and whether the state that it is resumed from fits it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import sgm.distributed
 from sgm.config.load import digest_of
@@ -10,12 +10,9 @@ from sgm.training.state import ResumePoint, next_start_number, numbers_digest, s
 from sgm.weights.adapters import AdapterInfo
 from sgm.weights.files import find_weights, weights_digest
 
-if TYPE_CHECKING:
-    from sgm.training.prepare import Plan
 
-
-def new_point(plan: "Plan", adapters: AdapterInfo | None) -> ResumePoint:
-    """Return the start of a new run."""
+def new_point(plan: Any, adapters: AdapterInfo | None) -> ResumePoint:
+    """Return the start of a new run, from its `sgm.training.prepare.Plan` and a description of its adapters."""
     config, args, writes = plan.config, plan.args, sgm.distributed.rank() == 0
     return ResumePoint(
         run=Path(),
@@ -45,7 +42,7 @@ def new_point(plan: "Plan", adapters: AdapterInfo | None) -> ResumePoint:
     )
 
 
-def check_resume(plan: "Plan", now: ResumePoint) -> None:
+def check_resume(plan: Any, now: ResumePoint) -> None:
     """Check that the state that a run is resumed from fits its settings; warn if results will differ.
 
     Args:

@@ -144,6 +144,10 @@ def _latest_weights(folder: Path) -> Path:
             cure = f"name the one to load: echo {iterations[-1]} > {latest}"
         elif (folder / "transformer").is_dir():
             cure = f"give {folder / 'transformer'}"
+        elif runs := sorted(path.parent.name for path in folder.glob("*/latest")):
+            cure = f"its folders have: give {folder}/ and one of {', '.join(runs[-5:])}"
+        elif any(folder.glob("pytorch_lora_weights*.safetensors")):
+            cure = f"it holds a LoRA for diffusers: set args.load to the model, and args.loras=[{{path: {folder}}}]"
         else:
             cure = f"expected {folder}/<iteration>/{WEIGHTS}.pt and a file 'latest' with <iteration> in it"
         raise InputError(f"{folder} has no file 'latest'{present}; {cure}")

@@ -255,3 +255,26 @@ def test_a_real_sweep_trains_and_samples(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "out/results.json").read_text())
     assert [one["state"] for one in rows] == ["done", "done"] and rows[0]["iteration"] == 2
     assert len([*(tmp_path / "out").rglob("000000.mp4")]) == 2 and (tmp_path / "out/contact_sheet.png").is_file()
+
+
+def test_what_training_would_refuse_is_refused_before_anything_is_trained(trainings, tmp_path, capsys):
+    base = [
+        "--base",
+        "configs/toy_lora.yaml",
+        "configs/toy_sft.yaml",
+        "args.train_iters=4",
+        "--out",
+        str(tmp_path / "s"),
+    ]
+    rank = "model.network_config.params.modules.lora_config.params.r"
+    for grid, said in ((f"{rank}=4,0", "r is 0"), ("args.train_data=assets/toy,nowhere", "'nowhere' does not exist")):
+        for more in ([], ["--list"]):
+            assert sweep.main([*base, "--grid", grid, *more]) == 2
+            assert said in capsys.readouterr().err
+    assert not trainings and not (tmp_path / "s").exists()
+
+
+def test_the_reason_of_a_failed_run_is_told_in_full(tmp_path):
+    run = sweep.Run("r=0", tmp_path, [])
+    (tmp_path / "log.txt").write_text("start\nerror: 1 problem:\n  - args.seed: is -1\n      -> give 0\n\nthe end\n")
+    assert sweep._last_words(run) == "error: 1 problem: - args.seed: is -1 -> give 0"

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from sgm.checks.sampling import takes_control
 from sgm.config.args import TrainingArgs
-from sgm.config.load import Config, digest_of
+from sgm.config.load import Config, ConfigError, Problem, digest_of
 from sgm.data.clips.index import stamps
 from sgm.data.order import derive_seed, split_indices
 from sgm.data.remote.objects import RemoteFile
@@ -173,7 +173,7 @@ def open_data(config: Config) -> Data:
     assert isinstance(args, TrainingArgs)
     whole = [open_folder(config, folder) for folder in args.train_data]
     if args.valid_data is not None:
-        data = Data(tuple(whole), tuple(open_folder(config, folder) for folder in args.valid_data))
+        data = Data(tuple(whole), tuple(_open_validation(config, folder) for folder in args.valid_data))
         trained, valid = ({place for each in sets for place in _places(each)} for sets in (data.train, data.valid))
         if shared := len(trained & valid):
             logger.warning("%d clips of args.valid_data are trained on too: their loss says nothing of others", shared)
@@ -189,6 +189,14 @@ def open_data(config: Config) -> Data:
             "set some of args.train_data aside with args.split=98,2,0, or remove eval_interval"
         )
     return data
+
+
+def _open_validation(config: Config, folder: str) -> Any:
+    try:
+        return open_folder(config, folder)
+    except InputError as error:  # of another key than that of training clips
+        cure = "correct it, in the file or on the command line"
+        raise ConfigError([Problem("args.valid_data", "", str(error), cure)]) from error
 
 
 def store_of(config: Config) -> Store:

@@ -18,7 +18,7 @@ from sgm.weights.adapters import (
     ranks_and_layers,
     read_adapter_info,
 )
-from sgm.weights.architecture import CONTROL_WEIGHT
+from sgm.weights.architecture import CONTROL_WEIGHT, describe_architecture
 from sgm.weights.files import PREFIX, WEIGHTS, find_weights, read_tensors, read_weights, weights_digest
 from sgm.weights.lazy import AnyTensor, Tensors, compute
 from sgm.weights.lora.foreign import DiffusersLora, find_lora, read_diffusers_lora, records_scale
@@ -104,10 +104,33 @@ def require_base(lora: Lora | DiffusersLora, base: Path, cure: str) -> None:
         InputError: with the `cure`.
     """
     if lora.base is not None and (digest := weights_digest(base)) != lora.base[1]:
+        require_kind(lora, base)
         raise InputError(
             f"{lora.path} was trained on another base than {base}: that has the digest {digest[:12]}, and the file "
             f"records {lora.base[1][:12]} for '{lora.base[0]}'; {cure}"
         )
+
+
+def require_kind(lora: Lora | DiffusersLora, base: Path) -> None:
+    """Refuse a LoRA of another kind of model than the weights in the file `base`, if what it was trained on is there.
+
+    Raises:
+        InputError: it is one.
+    """
+    if lora.base is None or lora.base[1] == weights_digest(base):
+        return
+    then, now = _kind_of_weights(lora.base[0]), _kind_of_weights(base)
+    if None not in (then, now) and then != now:
+        raise InputError(f"{lora.path} is a LoRA of {then}, and {base} is {now}; use it with {lora.base[0]}")
+
+
+def _kind_of_weights(path: str | Path) -> str | None:
+    """Return in words what kind of model weights are; None if they are not there or not recognised."""
+    try:
+        found = describe_architecture({name: tuple(x.shape) for name, x in network_of(find_weights(path)).items()})
+    except (InputError, OSError):
+        return None
+    return None if found is None else found.kind()
 
 
 def find_any_lora(path: str | Path) -> Path:

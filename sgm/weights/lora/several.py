@@ -34,7 +34,7 @@ from sgm.weights.adapters import DEFAULT_GROUPS, LORA_TARGET, TITLES, adapters_a
 from sgm.weights.files import find_weights, read_tensors
 from sgm.weights.lazy import LazyTensor, Tensors
 from sgm.weights.lora.dora import Gains, is_magnitude
-from sgm.weights.lora.files import Lora, network_of, read_any_lora, require_base
+from sgm.weights.lora.files import Lora, network_of, read_any_lora, require_base, require_kind
 from sgm.weights.lora.lokr import shapes_of
 from sgm.weights.lora.merging import in_order
 from sgm.weights.lora.names import (
@@ -367,6 +367,8 @@ class _Base:
 def _scaled(entry: LoraArgs, place: str, params: Mapping[str, Any], base: _Base) -> Scaled:
     """Read an entry of ``args.loras``."""
     lora = read_any_lora(entry.path, alpha=entry.alpha, option=f"{place}.alpha")
+    if base.path is not None and not entry.any_base:
+        require_kind(lora, base.path)  # in these words, before shapes
     _require_fitting(lora, params["num_layers"], _shapes(params))
     if not entry.any_base:
         base.require(lora, place)

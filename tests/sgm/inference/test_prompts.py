@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from sgm.config.load import ConfigError, load_config
-from sgm.inference.prepare import prepare
+from sgm.inference.prepare import _read_prompts, prepare
 from sgm.inference.prompts import (
     Prompt,
     assign_to_rank,
@@ -352,3 +352,17 @@ def test_a_prompt_of_the_command_line_replaces_those_of_the_file(monkeypatch, tm
             given(model, *overrides, *more)
         (problem,) = caught.value.problems
         assert problem.path == "args.prompt" and said in problem.found
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "said"),
+    [
+        ("toy_i2v", [], "needs an image: give args.image=<file> too"),
+        ("toy", ["args.image=x.png"], "this is a text-to-video model; remove args.image, or use an image"),
+        ("toy_i2v", ["args.image=x.png", "args.start=y.mp4"], "args.start gives the image; remove args.image$"),
+    ],
+)
+def test_a_prompt_and_image_that_do_not_fit_the_model_are_told_by_their_keys(model, given, said):
+    bases = [ROOT / f"configs/{model}.yaml", ROOT / "configs/toy_inference.yaml"]
+    with pytest.raises(InputError, match=said):
+        _read_prompts(load_config(bases, ["args.prompt=a red circle", *given], mode="inference"))

@@ -264,6 +264,13 @@ def test_wrong_input_exits_with_two(training_yaml, tmp_path, capsys):
     assert "args.load" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
+def test_a_missing_folder_of_validation_clips_is_named_by_its_key(plan):
+    with pytest.raises(
+        ConfigError, match=r"args.valid_data \(command line: args.valid_data=nowhere\): data folder 'no"
+    ):
+        plan(LORA, "args.valid_data=nowhere")
+
+
 def test_a_resumed_run_is_named(plan, training_yaml, tmp_path, caplog):
     overrides = [f"args.save={tmp_path / 'runs'}", "args.train_iters=4", "args.exit_interval=1"]
     folder = train(load_config(training_yaml(LORA), overrides, mode="train")).folder

@@ -498,3 +498,22 @@ def test_reading_ahead_ends_with_the_file_or_when_it_is_told(tmp_path, monkeypat
     assert len(asked) == 3, "pieces of 4, 4 and 2 bytes"
     read_ahead._read(files, Stop())
     assert len(asked) == 4
+
+
+def test_a_folder_above_weights_or_of_a_lora_for_diffusers_is_recognised(tmp_path):
+    for name in ("run-1", "run-2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "latest").write_text("1")
+    with pytest.raises(InputError, match="its folders have: give .*runs/ and one of run-1, run-2"):
+        find_weights(tmp_path / "runs")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/pytorch_lora_weights.safetensors").write_text("")
+    with pytest.raises(InputError, match=r"a LoRA for diffusers: .* args.loras=\[{path: .*lora}\]"):
+        find_weights(tmp_path / "lora")
+
+
+def test_latest_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / "mp_rank_00_model_states.pt").write_text("")
+    (tmp_path / "latest").write_bytes(b"\xef\xbb\xbf4\r\n")
+    assert find_weights(tmp_path).parent.name == "4"

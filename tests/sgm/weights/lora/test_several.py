@@ -1,6 +1,7 @@
 """Several LoRAs at once, beside diffusers' ``set_adapters``. Tiny complete networks."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,3 +234,15 @@ def test_an_exported_lora_is_refused_on_another_base_unless_asked_for(config, fi
         with pytest.raises(ConfigError, match=r"(?s)on another base than .*another.*args.loras.0.any_base=true"):
             with_loras(config({"path": path}, words=words))
         assert stack_of(config({"path": path, "any_base": True}, words=words)).rank == 3
+
+
+def test_a_lora_of_another_kind_of_model_is_told_in_these_words_first():
+    root, entry = Path(__file__).parents[4], ["args.loras=[{path: assets/toy_land}]"]
+    for name, kind in (("toy_i2v", r"an image-to-video model \(toy_i2v\)"), ("toy1.5_i2v", "an image-to-video model")):
+        loaded = load_config(
+            [root / f"configs/{name}.yaml", root / "configs/toy_inference.yaml"], entry, mode="inference"
+        )
+        with pytest.raises(
+            ConfigError, match=rf"is a LoRA of a text-to-video model \(toy\), and .* is {kind}.*; use it"
+        ):
+            with_loras(loaded)
