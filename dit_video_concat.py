@@ -140,7 +140,7 @@ class Basic3DPositionEmbeddingMixin(_PositionTable):
     Args:
         grid: (t, h, w) patches of the largest sample.
         hidden_size: D.
-        text_length: L.
+        text_length: tokens of a prompt (L), which the text encoder follows.
         height_interpolation: divisor of row indices.
         width_interpolation: divisor of column indices.
         time_interpolation: divisor of frame indices.
@@ -179,7 +179,7 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         grid: (t, h, w) patches of the largest sample.
         hidden_size: D.
         hidden_size_head: channels of a head.
-        text_length: L.
+        text_length: tokens of a prompt (L), which the text encoder follows.
         theta: base of the rotary wavelengths.
         learnable_pos_embed: also add a learned table.
     """

@@ -304,6 +304,8 @@ def _read_file(
         siblings = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = nearest(path.name, siblings) or (f"; {path.parent} holds {', '.join(siblings)}" if siblings else "")
         found, cure = "the file does not exist", f"correct the path given to {option}{hint}"
+        if option == "--base" and (home := place_of(str(path), str(path))):
+            found, cure = "is a key, and no file", f"write {home}=..., with an equals sign before the value"
     except NotAFileError as error:
         cure = "name the file inside it" if path.is_dir() else "write its content into a file"
         found = str(error).removeprefix("it ").replace("not a file", "not a YAML file")

@@ -271,7 +271,7 @@ def test_what_training_would_refuse_is_refused_before_anything_is_trained(traini
         for more in ([], ["--list"]):
             assert sweep.main([*base, "--grid", grid, *more]) == 2
             assert said in capsys.readouterr().err
-    assert not trainings and not (tmp_path / "s").exists()
+    assert not trainings[0] and not (tmp_path / "s").exists()
 
 
 def test_the_reason_of_a_failed_run_is_told_in_full(tmp_path):

@@ -318,3 +318,8 @@ def test_an_error_of_the_configuration_reaches_other_ranks():
 def test_a_superscript_is_no_number_of_an_entry():
     with pytest.raises(ConfigError, match="args.²"):
         load_config(["configs/toy.yaml"], ["args.²=1"], mode="inference")
+
+
+def test_a_key_without_its_equals_sign_is_no_file():
+    said = complaint([TOY, "learning_rate"])
+    assert "is a key, and no file" in said and "write deepspeed.optimizer.params.lr=..." in said
