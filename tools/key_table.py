@@ -132,6 +132,7 @@ def rows(after: str) -> dict[str, tuple[str, str]]:
     """Return key → default and text, from the first table of the page after some words.
 
     A row may hold several keys: those after a colon are below the first one, and so are those that follow a dotted key.
+    As many defaults, with commas between them, are one of each.
     """
     table = re.search(r"(?:^\|.*\n)+", PAGE.read_text(encoding="utf-8").partition(after)[2], flags=re.MULTILINE)
     assert table is not None, f"{PAGE} has no table after '{after}'"
@@ -145,8 +146,10 @@ def _rows_of(table: str) -> Iterator[tuple[str, tuple[str, str]]]:
         above, colon, _ = first.partition("`: ")
         prefix = f"{above.strip('`')}." if colon else f"{names[0].rpartition('.')[0]}." if "." in names[0] else ""
         text = re.sub(r"\[([^\]]*)\]\(([^)#]*\.md)?[^)]*\)", _named, text)
-        for name in names[1:] if colon else names:
-            yield name if name.startswith(prefix) else prefix + name, (default.replace("`", ""), text)
+        keys, default = names[1:] if colon else names, default.replace("`", "")
+        each = re.split(r", (?![^\[]*\])", default)  # one of each key, if there are as many
+        for key, own in zip(keys, each if len(each) == len(keys) else [default] * len(keys), strict=True):
+            yield key if key.startswith(prefix) else prefix + key, (own, text)
 
 
 def _named(link: re.Match[str]) -> str:

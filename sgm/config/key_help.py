@@ -6,6 +6,7 @@ of classes, and the tables of docs/configuration.md.
 
 import difflib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,6 +97,10 @@ def _read_by(training: bool) -> dict[str, Key]:
     }
 
 
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<! et al)\. ", text)[0].rstrip(".")
+
+
 def _lines(chosen: Mapping[str, Key]) -> Iterator[str]:
     """Yield a line for each key, cut to the width of a terminal; elsewhere whole, to be searched."""
     width = max(_NARROWEST, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
@@ -107,7 +112,7 @@ def _lines(chosen: Mapping[str, Key]) -> Iterator[str]:
             yield f"{parent}:"
         default = " (required)" if key.default == "required" else f" = {key.default}" if key.default else ""
         takes = f" [{key.type}]" if key.type else ""
-        line = f"  {last}{default}: {key.text.partition('. ')[0].rstrip('.') or 'see its class'}{takes}"
+        line = f"  {last}{default}: {_first_sentence(key.text) or 'see its class'}{takes}"
         yield line if width is None or len(line) <= width else f"{line[: width - 3]}..."
 
 

@@ -140,9 +140,8 @@ def _read_prompts(config: Config) -> list[Prompt] | None:
         if image2video and IMAGE_SEPARATOR not in line:
             raise InputError("this is an image-to-video model, which needs an image: give args.image=<file> too")
         if args.image is not None and not image2video:
-            why = "args.start gives the image" if geometry.image_conditioned else "this is a text-to-video model"
-            cure = "" if geometry.image_conditioned else ", or use an image-to-video model"
-            raise InputError(f"args.image is given, and {why}; remove args.image{cure}")
+            cure = "remove args.image, or use an image-to-video model"
+            raise InputError(f"args.image is given, and this is a text-to-video model; {cure}")
         prompts = parse_prompts([line], image2video=image2video, source="args.prompt")
     else:
         assert args.input_file is not None, "the configuration is refused without it"

@@ -69,9 +69,7 @@ def test_generated_code_of_a_residual_block_rounds_once():
     x, latents = random(1, 32, 3, 8, 6), random(1, 4, 2, 2, 3)
     with torch.no_grad():
         (expected,) = block([x], latents, Stream())
-        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-            low, given = block.to(dtype), (x.to(dtype), latents.to(dtype))
-            (plain,), (found,) = (low([given[0]], given[1], Stream(compiled=made)) for made in (None, CompiledNorms()))
-            assert (found.float() - expected).norm() <= bound * expected.norm()
-            if dtype == torch.bfloat16:
-                assert (found.float() - expected).norm() < (plain.float() - expected).norm()
+        low, given = block.to(torch.bfloat16), (x.bfloat16(), latents.bfloat16())
+        (plain,), (found,) = (low([given[0]], given[1], Stream(compiled=made)) for made in (None, CompiledNorms()))
+    assert (found.float() - expected).norm() <= 3e-2 * expected.norm()
+    assert (found.float() - expected).norm() < (plain.float() - expected).norm()

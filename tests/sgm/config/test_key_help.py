@@ -123,3 +123,10 @@ def test_words_are_completed_in_the_shell(typed, expected, monkeypatch):
     with pytest.raises(SystemExit):
         sgm.inference.main.parse([])
     assert [word.strip() for word in found.getvalue().split("\n") if word] == expected
+
+
+def test_a_row_of_several_keys_gives_each_its_default_and_names_of_authors_end_no_sentence():
+    known = key_help.keys()
+    found = [known[f"deepspeed.optimizer.params.{name}"].default for name in ("betas", "eps", "weight_decay")]
+    assert found == ["[0.9, 0.95]", "1e-8", "1e-4"]
+    assert key_help._first_sentence("as there (Hang et al. 2023), so. Then more.") == "as there (Hang et al. 2023), so"

@@ -359,7 +359,6 @@ def test_a_prompt_of_the_command_line_replaces_those_of_the_file(monkeypatch, tm
     [
         ("toy_i2v", [], "needs an image: give args.image=<file> too"),
         ("toy", ["args.image=x.png"], "this is a text-to-video model; remove args.image, or use an image"),
-        ("toy_i2v", ["args.image=x.png", "args.start=y.mp4"], "args.start gives the image; remove args.image$"),
     ],
 )
 def test_a_prompt_and_image_that_do_not_fit_the_model_are_told_by_their_keys(model, given, said):
