@@ -58,7 +58,7 @@ class CompiledNorms:
     def activated(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """silu(x·scale + shift), by float32 (B, C)."""
         x, in_frames = _in_order(x)
-        rows = x.flatten(0, 2).flatten(1) if in_frames else x.flatten(0, 1).flatten(1)
+        rows = x.flatten(2 + in_frames).flatten(0, 1 + in_frames)
         if in_frames:
             scale, shift = (value[:, None].expand(x.shape[:3]) for value in (scale, shift))
         made = self._activated_rows(rows, scale.flatten(), shift.flatten()).view(x.shape)

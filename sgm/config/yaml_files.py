@@ -40,7 +40,8 @@ _TYPES = {_TAG + name for name in ("map", "seq", "str", "int", "float", "bool", 
 
 
 # Keys whose values on the command line are sentences, which may look like anything.
-_SENTENCES = (("args", "prompt"), ("args", "negative_prompt"))
+_PROMPT = ("args", "prompt")
+_SENTENCES = (_PROMPT, ("args", "negative_prompt"))
 
 
 class _Empty:
@@ -470,7 +471,7 @@ def _sentence(text: str, path: KeyPath) -> str | None:
         value = override_value(text)
     except yaml.YAMLError:
         return text
-    if value is None and not text and path == _SENTENCES[0]:
+    if value is None and not text and path == _PROMPT:
         return text  # an empty variable of the shell, not the wish for no prompt; it is refused
     return value if isinstance(value, str | None) else text
 

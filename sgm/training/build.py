@@ -26,7 +26,7 @@ from sgm.training.bad_clips import BadClips, usable_data
 from sgm.training.inputs.buckets import bucket_report, plan_buckets, require_same_plan, total_steps
 from sgm.training.inputs.clips import Data
 from sgm.training.optim.optimizer import discard_initial_update, group_values, make_optimizer
-from sgm.training.optim.schedule import AUTO_WARMUP_ITERS, LearningRate, lr_factor
+from sgm.training.optim.schedule import LearningRate, factors_of
 from sgm.training.optim.trainable import choose_trainable
 from sgm.training.prepare import Plan, total_iterations
 from sgm.training.start_point import check_resume, new_point
@@ -208,18 +208,7 @@ def _start(config: Config, plan: Plan, engine: SATVideoDiffusionEngine, total: i
         ema_decay=args.ema_decay,
         zero=config.deepspeed["zero_optimization"],
     )
-    factor = partial(
-        lr_factor,
-        train_iters=total,
-        decay_style=args.lr_decay_style,
-        decay_iters=args.lr_decay_iters,
-        decay_ratio=args.lr_decay_ratio,
-        power=args.lr_power,
-        cycles=args.lr_cycles,
-        warmup=args.warmup,
-        auto_warmup_iters=default(args.auto_warmup_iters, AUTO_WARMUP_ITERS[args.mode]),
-    )
-    schedule = LearningRate(optimizer, factor)
+    schedule = LearningRate(optimizer, factors_of(args, total))
     initial = group_values(optimizer)
     deepspeed = start_deepspeed(module, optimizer, schedule, plan.deepspeed)
     discard_initial_update(deepspeed, initial)

@@ -103,6 +103,11 @@ class Plan:
     base_storage: Storage | None
     rows: Mapping[str, str]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run that is resumed has all its iterations."""
+        return self.resume is not None and self.total_iters is not None and self.resume.iteration >= self.total_iters
+
     def report(self, card: float | None = None, devices: Card | None = None, *, encoded: Config | None = None) -> str:
         """Return a summary of the plan with estimates of memory and traffic, which take seconds.
 
@@ -184,7 +189,7 @@ def prepare(config: Config, *, check_clips: bool = False, for_card: bool = False
         raise ConfigError(config.located(list(reversed(once.values()))))
     plan = checks.plan()
     if check_clips and plan.resume is not None:
-        if plan.total_iters is not None and plan.resume.iteration >= plan.total_iters:
+        if plan.is_complete:
             plan.resume.require_weights()
         else:
             with_all_clips = replace(plan, data=data)

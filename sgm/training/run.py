@@ -111,7 +111,8 @@ def train(config: Config) -> Summary:
     sgm.distributed.initialize()
     plan = with_recomputation(agree(plan))
     sgm.distributed.initialize(mesh=plan.mesh)
-    if plan.resume is not None and plan.total_iters is not None and plan.resume.iteration >= plan.total_iters:
+    if plan.is_complete:
+        assert plan.resume is not None and plan.total_iters is not None
         plan.resume.require_weights()
         if sgm.distributed.rank() == 0:
             repair_latest(plan.resume)

@@ -523,11 +523,8 @@ def require_files(point: ResumePoint, now: ResumePoint, *, with_rng: bool = True
     missing = [name for name in names if not (point.folder / name).is_file()]
     for number, lacks in enumerate(sgm.distributed.all_gather_any(missing)):
         if lacks:
-            fresh = (
-                "set args.no_load_rng=true to go on with fresh random generators, or "
-                if (all(map(_RNG.fullmatch, lacks)))
-                else ""
-            )
+            is_rng = all(map(_RNG.fullmatch, lacks))
+            fresh = "set args.no_load_rng=true to go on with fresh random generators, or " if is_rng else ""
             raise InputError(f"{point.folder}, as rank {number} sees it, lacks {', '.join(lacks)}; {fresh}{CURE}")
 
 

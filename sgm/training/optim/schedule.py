@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -128,14 +129,28 @@ def endless_warmup(args: TrainingArgs, total: int) -> str | None:
     return None
 
 
+def factors_of(args: TrainingArgs, total: int) -> Callable[[int], float]:
+    """Return number of the update → factor of the learning rate in a run of `total` iterations."""
+    return partial(
+        lr_factor,
+        train_iters=total,
+        decay_style=args.lr_decay_style,
+        decay_iters=args.lr_decay_iters,
+        decay_ratio=args.lr_decay_ratio,
+        power=args.lr_power,
+        cycles=args.lr_cycles,
+        warmup=args.warmup,
+        auto_warmup_iters=default(args.auto_warmup_iters, AUTO_WARMUP_ITERS[args.mode]),
+    )
+
+
 def unfinished_decay(args: TrainingArgs, total: int) -> str | None:
     """Return what is to be said of a run of `total` iterations with the default decay that ends well before its end."""
     if args.lr_decay_iters is not None or args.lr_decay_style == "constant":
         return None
     steps = warmup_iterations(args.warmup, total)
-    decay = Decay(args.lr_decay_ratio, args.lr_power, args.lr_cycles)
-    factor = DECAYS[args.lr_decay_style]
-    last, end = factor(min(1.0, max(0.0, total - steps) / total), decay), factor(1.0, decay)
+    factor = factors_of(replace(args, auto_warmup_iters=0), total)
+    last, end = factor(total), factor(3 * total)
     if steps >= total or last - end <= _UNFINISHED:
         return None
     iterations = total - steps if args.warmup > 1 else total / (1 + args.warmup)
